@@ -1,0 +1,185 @@
+"""Castling attention: softmax, linear-angular, or both while training, behind one set of parameters."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from castling_det.layers.local_conv import LocalConv
+from castling_det.ops import NORMALIZERS, MaskedSoftmax, linear_angular_attention, masked_softmax
+
+__all__ = ["ATTENTION_MODES", "THRESHOLD_UNITS", "CastlingAttention", "MaskStats"]
+
+ATTENTION_MODES = ("softmax", "linear", "castling")
+THRESHOLD_UNITS = ("absolute", "uniform")
+
+
+class MaskStats(NamedTuple):
+    """What the mask kept in the last forward; 0-d float tensors without gradient, in [0, 1]."""
+
+    kept_fraction: Tensor
+    """Share of the N x N probabilities that are above the threshold."""
+    kept_mass: Tensor
+    """Mean over rows of the probability that is kept."""
+
+
+class CastlingAttention(nn.Module):
+    """Multi-head self-attention of Castling-ViT (arXiv 2211.10526) on a feature map of any size.
+
+    Modes share the parameters `qkv`, `proj` and `dconv`, so that a state dict loads from one into another:
+
+    - `"softmax"`: scaled dot-product attention plus the local convolution, the baseline that differs from the others in
+      the attention alone. Its `dconv` starts at zero: at initialisation it is the plain softmax layer.
+    - `"linear"`: linear-angular attention plus the local convolution; what is deployed.
+    - `"castling"`: `"linear"`, and while training the masked softmax branch beside it. In eval mode it computes what
+      will be deployed, unless `eval_aux` asks for the branch in order to measure the gap.
+
+    Args:
+        dim: channels C.
+        num_heads: heads, dividing `dim`.
+        qkv_bias: whether `qkv` has a bias. Published: False; ViTs: True.
+        mode: `"softmax"`, `"linear"` or `"castling"`.
+        normalizer: `"l2"` (published) or `"kernel"`, see `castling_det.ops.linear_angular_attention`.
+        local_conv: `"image"`, `"tokens"` (published), or None for no local convolution in any mode.
+        local_conv_kernel_size: odd k of `local_conv="image"`.
+        threshold: probabilities above it are kept by the mask; published 0.02.
+        threshold_unit: `"absolute"` (published), or `"uniform"`: multiples of 1/N, the probability of a uniform row.
+        eval_aux: keep the masked softmax branch in eval mode.
+        num_prefix_tokens: tokens before the height * width ones (class token, registers).
+        proj_drop: dropout rate after the projection, in [0, 1).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        qkv_bias: bool = True,
+        mode: str = "castling",
+        normalizer: str = "l2",
+        local_conv: str | None = "image",
+        local_conv_kernel_size: int = 3,
+        threshold: float = 0.02,
+        threshold_unit: str = "absolute",
+        eval_aux: bool = False,
+        num_prefix_tokens: int = 0,
+        proj_drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"num_heads={num_heads}: expected a divisor of dim={dim}; change num_heads or embed_dims")
+        _check_choice("mode", mode, ATTENTION_MODES)
+        _check_choice("normalizer", normalizer, NORMALIZERS)
+        _check_choice("threshold_unit", threshold_unit, THRESHOLD_UNITS)
+        if not threshold >= 0:
+            raise ValueError(f"threshold={threshold}: expected a number >= 0 in the unit {threshold_unit!r}")
+        if eval_aux and mode != "castling":
+            raise ValueError(f"eval_aux=True: only mode='castling' has the softmax branch, got mode={mode!r}")
+        self.dim = dim
+        self.num_heads = num_heads
+        self.mode = mode
+        self.normalizer = normalizer
+        self.threshold = float(threshold)
+        self.threshold_unit = threshold_unit
+        self.aux_scale = 1.0
+        self.eval_aux = eval_aux
+        self.num_prefix_tokens = num_prefix_tokens
+        self.mask_stats: MaskStats | None = None
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.dconv = (
+            LocalConv(
+                dim, num_heads, kind=local_conv, kernel_size=local_conv_kernel_size, num_prefix_tokens=num_prefix_tokens
+            )
+            if local_conv is not None
+            else None
+        )
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+        if mode == "softmax" and self.dconv is not None:
+            nn.init.zeros_(self.dconv.weight)
+
+    def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
+        """Attends over all tokens.
+
+        Args:
+            x: tokens, (B, N, C) with N = num_prefix_tokens + height * width, raster order.
+            hw: height and width of the feature map.
+
+        Returns:
+            (B, N, C).
+        """
+        batch, tokens, dim = x.shape
+        if tokens != self.num_prefix_tokens + hw[0] * hw[1] or dim != self.dim:
+            raise ValueError(
+                f"x: expected (B, {self.num_prefix_tokens} + {hw[0]} * {hw[1]}, {self.dim}) for hw={tuple(hw)}, "
+                f"got {tuple(x.shape)}; pass the height and width of the map that x was flattened from"
+            )
+        qkv = self.qkv(x)
+        q_BHNK, k_BHNK, v_BHNK = (
+            qkv.reshape(batch, tokens, 3, self.num_heads, dim // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
+        )
+        if self.mode == "softmax":
+            y_BHNK = F.scaled_dot_product_attention(q_BHNK, k_BHNK, v_BHNK)
+        else:
+            aux = self._masked_softmax_branch(q_BHNK, k_BHNK, v_BHNK)
+            y_BHNK = linear_angular_attention(q_BHNK, k_BHNK, v_BHNK, normalizer=self.normalizer, aux=aux)
+        y = y_BHNK.transpose(1, 2).reshape(batch, tokens, dim)
+        if self.dconv is not None:
+            y = y + self.dconv(qkv[..., 2 * dim :], hw)
+        out: Tensor = self.proj_drop(self.proj(y))
+        return out
+
+    def absolute_threshold(self, num_tokens: int) -> float:
+        """The threshold as a probability for a sequence of `num_tokens`."""
+        return self.threshold / num_tokens if self.threshold_unit == "uniform" else self.threshold
+
+    def mask_is_empty(self, num_tokens: int) -> bool:
+        """Whether nothing passes, whatever the input: threshold >= 1 in probability, or the branch faded out."""
+        return self.absolute_threshold(num_tokens) >= 1 or self.aux_scale == 0
+
+    def _masked_softmax_branch(self, q: Tensor, k: Tensor, v: Tensor) -> MaskedSoftmax | None:
+        if self.mode != "castling" or not (self.training or self.eval_aux):
+            return None
+        tokens = v.shape[-2]
+        if self.mask_is_empty(tokens):
+            zero = torch.zeros((), device=v.device)
+            self.mask_stats = MaskStats(zero, zero)
+            return None
+        aux = masked_softmax(q, k, v, self.absolute_threshold(tokens))
+        self.mask_stats = MaskStats(aux.kept_fraction, aux.kept_mass.detach().float().mean())
+        if self.aux_scale == 1:
+            return aux
+        return aux._replace(out=aux.out * self.aux_scale, kept_mass=aux.kept_mass * self.aux_scale)
+
+    def macs(self, num_tokens: int) -> dict[str, int]:
+        """Multiply-adds of the deployed forward for one sequence of `num_tokens`, by kind.
+
+        Softmax: q k^T and p v, N * N * C each. Linear: k^T v and q (k^T v), N * K * C each, and the row sum of the
+        `"kernel"` normaliser, N * C. Norms, scalings and additions are not multiply-adds and count zero.
+        """
+        if self.mode == "softmax":
+            scores = values = num_tokens * num_tokens * self.dim
+        else:
+            values = num_tokens * self.dim * (self.dim // self.num_heads)
+            scores = values + (num_tokens * self.dim if self.normalizer == "kernel" else 0)
+        return {
+            "attention_scores": scores,
+            "attention_values": values,
+            "projections": 4 * num_tokens * self.dim * self.dim,
+            "local_conv": self.dconv.macs(num_tokens) if self.dconv is not None else 0,
+        }
+
+    def extra_repr(self) -> str:
+        """The options, for `print(model)`."""
+        return (
+            f"mode={self.mode!r}, normalizer={self.normalizer!r}, threshold={self.threshold}, "
+            f"threshold_unit={self.threshold_unit!r}, num_heads={self.num_heads}"
+        )
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, choices))}")
