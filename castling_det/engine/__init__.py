@@ -1,0 +1,15 @@
+"""What takes part in a training: the mask's schedule, checks before the first iteration, layer-wise learning rates."""
+
+from castling_det.engine.class_count import ClassCountHook
+from castling_det.engine.layer_decay import LayerDecayOptimWrapperConstructor
+from castling_det.engine.mask_annealing import MaskAnnealingHook
+from castling_det.engine.schedules import SCHEDULES, MaskState, mask_state
+
+__all__ = [
+    "SCHEDULES",
+    "ClassCountHook",
+    "LayerDecayOptimWrapperConstructor",
+    "MaskAnnealingHook",
+    "MaskState",
+    "mask_state",
+]

@@ -1,0 +1,5 @@
+"""Necks, registered in `castling_det.registry.MODELS`."""
+
+from castling_det.models.necks.simple_feature_pyramid import SimpleFeaturePyramid
+
+__all__ = ["SimpleFeaturePyramid"]
