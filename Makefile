@@ -1,0 +1,37 @@
+# Two commands: `make demo` and `make test`. Each sets itself up in .venv/ on a machine that has Python 3.10 to 3.12 only.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo study test lint setup data clean
+
+demo: $(READY) data
+	$(BIN)/python tools/demo.py
+
+# The demo over three seeds: the table of the README.
+study: $(READY) data
+	$(BIN)/python tools/demo.py --work-dir work_dirs/study --seeds 0 1 2
+
+test: lint data
+	$(BIN)/python -m pytest -q
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+setup: $(READY)
+
+data: $(READY)
+	$(BIN)/python tools/prepare_tree_crowns.py
+
+$(READY): requirements/default.txt setup.cfg setup.py pyproject.toml castling_det.pth
+	$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12) and "Python 3.10 to 3.12 is needed, this is " + sys.version)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "setuptools==80.9.0" wheel
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/default.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $@
+
+clean:
+	rm -rf $(VENV) work_dirs build dist *.egg-info

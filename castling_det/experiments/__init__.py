@@ -1,0 +1,6 @@
+"""Whole experiments: chains of commands that go on where they stopped."""
+
+from castling_det.experiments.comparison import Comparison, comparison_steps
+from castling_det.experiments.steps import Step, StepFailed, mmdet_tool, run_steps
+
+__all__ = ["Comparison", "Step", "StepFailed", "comparison_steps", "mmdet_tool", "run_steps"]

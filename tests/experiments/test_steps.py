@@ -1,0 +1,94 @@
+"""Steps: done once, redone when their inputs change, resumed or restarted after an interruption, loud in failure."""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from castling_det.experiments import Comparison, Step, StepFailed, comparison_steps, run_steps
+
+
+def python_step(folder, code, **options):
+    return Step("a step", (sys.executable, "-c", code, str(folder)), folder, **options)
+
+
+def run(steps):
+    out = io.StringIO()
+    run_steps(steps, Console(file=out, width=200))
+    return out.getvalue()
+
+
+APPEND = "import sys; open(sys.argv[1] + '/out', 'a').write('x')"
+
+
+def test_a_finished_step_is_not_run_again(tmp_path):
+    source = tmp_path / "source"
+    source.write_text("1")
+    step = python_step(tmp_path / "s", APPEND, inputs=(source,))
+    run([step])
+    assert "done before" in run([step])
+    assert (tmp_path / "s" / "out").read_text() == "x"
+    source.write_text("2")
+    assert "done before" not in run([step])
+    assert (tmp_path / "s" / "out").read_text() == "x", "a changed input starts the step afresh"
+
+
+def test_a_changed_command_is_run_again(tmp_path):
+    run([python_step(tmp_path / "s", APPEND)])
+    run([python_step(tmp_path / "s", APPEND + "; open(sys.argv[1] + '/more', 'w')")])
+    assert (tmp_path / "s" / "more").exists()
+
+
+@pytest.mark.parametrize(("keep_partial", "left"), [(True, "xx"), (False, "x")])
+def test_a_failed_step_goes_on_or_starts_over(tmp_path, keep_partial, left):
+    flag = tmp_path / "flag"
+    code = f"{APPEND}\nimport pathlib; assert pathlib.Path({str(flag)!r}).exists(), 'no flag'"
+    step = python_step(tmp_path / "s", code, keep_partial=keep_partial)
+    with pytest.raises(StepFailed, match=r"(?s)a step: exit code 1 .*no flag") as failure:
+        run([step])
+    assert str(step.log) in str(failure.value)
+    flag.touch()
+    run([step])
+    assert (tmp_path / "s" / "out").read_text() == left
+
+
+def test_a_folder_that_is_not_ours_is_not_removed(tmp_path):
+    folder = tmp_path / "s"
+    folder.mkdir()
+    (folder / "precious").touch()
+    run([python_step(folder, APPEND)])
+    assert (folder / "precious").exists()
+
+
+def test_progress_lines_of_mmengine_are_read():
+    from castling_det.experiments.steps import _ITERATION
+
+    found = _ITERATION.search("11/21 - mmengine - INFO - Iter(train) [ 10/400]  base_lr: 4.7e-04")
+    assert found and (found[3], found[4]) == ("10", "400")
+    assert _ITERATION.search("INFO - Epoch(test) [12/13]    eta")
+
+
+def test_the_comparison_is_a_chain_of_public_commands(tmp_path):
+    annotations = tmp_path / "val.json"
+    annotations.touch()
+    plan = Comparison(
+        work_dir=tmp_path / "w",
+        configs=Path("configs/castling_vit"),
+        tools=Path("tools"),
+        prefix="gfl_castling-vit-nano",
+        suffix="tree-crowns",
+        annotations=annotations,
+        images=tmp_path,
+        seeds=(0, 3),
+    )
+    steps = comparison_steps(plan)
+    assert len({step.name for step in steps}) == len(steps) == 13
+    assert len({step.stamp for step in steps}) == 13
+    train, convert, report = steps[1], steps[2], steps[-1]
+    assert "randomness.seed=0" in train.command and train.command[1].endswith("mmdet/.mim/tools/train.py")
+    assert str(tmp_path / "w" / "seed0" / "castling" / "iter_400.pth") in convert.command
+    assert sum(part == "--run" for part in report.command) == 6

@@ -1,0 +1,57 @@
+"""The whole job on the tree crowns: two trainings, conversion, evaluation, report. Goes on where it was interrupted.
+
+The data comes from tools/prepare_tree_crowns.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work-dir", type=Path, default=Path("work_dirs/demo"), help="where everything is written")
+    parser.add_argument("--data-root", type=Path, default=Path("data/tree_crowns"), help="where the data was prepared")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one pair of trainings for each (default: 0)")
+    parser.add_argument("--max-iters", type=int, help="iterations of each training, instead of the config's")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Runs the experiment; 0 when every step succeeded."""
+    args = parse_args()
+    from castling_det.experiments import Comparison, StepFailed, comparison_steps, run_steps
+
+    annotations = args.data_root / "annotations" / "val.json"
+    if not annotations.is_file():
+        prepare = f"tools/prepare_tree_crowns.py --root {args.data_root}"
+        print(f"error: {annotations} is missing; run {prepare}", file=sys.stderr)
+        return 1
+    plan = Comparison(
+        work_dir=args.work_dir,
+        configs=ROOT / "configs" / "castling_vit",
+        tools=ROOT / "tools",
+        prefix="gfl_castling-vit-nano",
+        suffix="tree-crowns",
+        annotations=annotations,
+        images=args.data_root / "val",
+        max_iters=args.max_iters,
+        seeds=args.seeds,
+    )
+    try:
+        run_steps(comparison_steps(plan))
+    except StepFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print((args.work_dir / "report" / "report.md").read_text(encoding="utf-8"))
+    print(f"The page with plots and pictures: {args.work_dir / 'report' / 'index.html'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
