@@ -1,0 +1,19 @@
+"""Checkpoints in and out: safe reading, ViT initialisation, hybrid to linear-only."""
+
+from castling_det.conversion.checkpoints import load_checkpoint
+from castling_det.conversion.linearize import convert, manifest_path
+from castling_det.conversion.manifest import Manifest
+from castling_det.conversion.pretrained import LoadReport, load_pretrained
+from castling_det.conversion.weights import WEIGHTS, Weights, select_weights
+
+__all__ = [
+    "WEIGHTS",
+    "LoadReport",
+    "Manifest",
+    "Weights",
+    "convert",
+    "load_checkpoint",
+    "load_pretrained",
+    "manifest_path",
+    "select_weights",
+]

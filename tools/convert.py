@@ -1,0 +1,79 @@
+"""Converts a hybrid checkpoint to linear attention only: `tools/convert.py CONFIG SOURCE.pth OUT.pth`."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+
+
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description="Converts a detector that was trained with castling attention to linear attention only. "
+        "Writes OUT and a manifest beside it (OUT with the suffix .json).",
+    )
+    parser.add_argument("config", help="config of the training (attention='castling'), or its deploy config")
+    parser.add_argument("source", help="checkpoint of the training")
+    parser.add_argument("out", help="checkpoint to write, .pth")
+    parser.add_argument(
+        "--weights",
+        choices=("auto", "ema", "online"),
+        default="auto",
+        help="which weights of a training with EMAHook; auto takes the average where there is one",
+    )
+    parser.add_argument(
+        "--allow-nonempty-mask",
+        action="store_true",
+        help="convert although the softmax branch is not known to be empty, and report the drift",
+    )
+    parser.add_argument(
+        "--probe-images",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="real images or folders of them to measure occupancy and drift on; default: generated noise",
+    )
+    parser.add_argument("--num-probes", type=int, default=4, metavar="N", help="most images to measure on (4)")
+    parser.add_argument(
+        "--shape",
+        nargs=2,
+        type=int,
+        metavar=("H", "W"),
+        help="pixels of generated images and for the multiply-adds; default: the test pipeline's",
+    )
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Converts; 0 on success, 1 with one line on stderr on any refusal."""
+    args = parse_args(arguments)
+    from castling_det.conversion import convert, manifest_path
+
+    try:
+        manifest = convert(
+            args.config,
+            args.source,
+            args.out,
+            allow_nonempty_mask=args.allow_nonempty_mask,
+            weights=args.weights,
+            probe_images=args.probe_images,
+            num_probes=args.num_probes,
+            shape=tuple(args.shape) if args.shape else None,
+            command=shlex.join(sys.argv if arguments is None else ["tools/convert.py", *arguments]),
+        )
+    except ValueError as error:
+        print(f"convert: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        # Ours have their sentence in strerror, the system's the file beside it.
+        print(f"convert: {error if error.filename else error.strerror}", file=sys.stderr)
+        return 1
+    print(manifest.summary())
+    print(f"manifest: {manifest_path(args.out)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
