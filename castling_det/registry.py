@@ -1,31 +1,69 @@
 """Child registries of mmengine's, so that `type='castling_det.X'` is found by any MMDetection config.
 
 `locations` are imported at the first look-up: no `custom_imports`, no edited `train.py`.
+
+mmengine builds what a config inherits from `_base_ = 'castling_det::...'` in the scope `castling_det`, and
+that includes MMDetection's own types (`GFL`, `Resize`, `CocoMetric`). So there is a registry here for each
+of MMDetection's, and a name without a scope that is not ours is looked up there.
 """
 
-from mmengine.registry import DATASETS as MMENGINE_DATASETS
-from mmengine.registry import HOOKS as MMENGINE_HOOKS
-from mmengine.registry import MODELS as MMENGINE_MODELS
-from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS
-from mmengine.registry import WEIGHT_INITIALIZERS as MMENGINE_WEIGHT_INITIALIZERS
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from mmengine import registry as mmengine_registry
 from mmengine.registry import Registry
 
-__all__ = ["DATASETS", "HOOKS", "MODELS", "OPTIM_WRAPPER_CONSTRUCTORS", "WEIGHT_INITIALIZERS"]
+__all__ = ["DATASETS", "HOOKS", "MODELS", "OPTIM_WRAPPER_CONSTRUCTORS", "WEIGHT_INITIALIZERS", "HostedRegistry"]
 
 SCOPE = "castling_det"
+HOST = "mmdet"
+BORROWED = (
+    "DATA_SAMPLERS",
+    "EVALUATOR",
+    "LOG_PROCESSORS",
+    "LOOPS",
+    "METRICS",
+    "MODEL_WRAPPERS",
+    "OPTIMIZERS",
+    "OPTIM_WRAPPERS",
+    "PARAM_SCHEDULERS",
+    "RUNNERS",
+    "RUNNER_CONSTRUCTORS",
+    "TASK_UTILS",
+    "TRANSFORMS",
+    "VISBACKENDS",
+    "VISUALIZERS",
+)
+"""Kinds that this package adds nothing to."""
 
-MODELS = Registry("model", parent=MMENGINE_MODELS, scope=SCOPE, locations=["castling_det.models"])
-DATASETS = Registry("dataset", parent=MMENGINE_DATASETS, scope=SCOPE, locations=["castling_det.datasets.coco"])
-HOOKS = Registry("hook", parent=MMENGINE_HOOKS, scope=SCOPE, locations=["castling_det.engine"])
-OPTIM_WRAPPER_CONSTRUCTORS = Registry(
-    "optim_wrapper_constructor",
-    parent=MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS,
-    scope=SCOPE,
-    locations=["castling_det.engine"],
-)
-WEIGHT_INITIALIZERS = Registry(
-    "weight initializer",
-    parent=MMENGINE_WEIGHT_INITIALIZERS,
-    scope=SCOPE,
-    locations=["castling_det.conversion.pretrained"],
-)
+
+class HostedRegistry(Registry):  # type: ignore[misc]  # mmengine has no type information
+    """Asks MMDetection's registry of the same kind for a name without a scope that it does not hold.
+
+    Before mmengine's, the parent of both: the `Resize` there is mmcv's, not MMDetection's.
+    """
+
+    def get(self, key: str) -> Any:
+        scope, name = self.split_scope_key(key)
+        self.import_from_location()
+        if scope is not None or name in self.module_dict:
+            return super().get(key)
+        import_module(f"{HOST}.registry")
+        host = self.root.children.get(HOST)
+        return super().get(key) if host is None else host.get(key)
+
+
+def _registry(kind: str, location: str = __name__) -> HostedRegistry:
+    # mmengine wants at least one location; this module is one that is there and adds nothing.
+    parent = getattr(mmengine_registry, kind)
+    return HostedRegistry(parent.name, parent=parent, scope=SCOPE, locations=[location])
+
+
+MODELS = _registry("MODELS", "castling_det.models")
+DATASETS = _registry("DATASETS", "castling_det.datasets.coco")
+HOOKS = _registry("HOOKS", "castling_det.engine")
+OPTIM_WRAPPER_CONSTRUCTORS = _registry("OPTIM_WRAPPER_CONSTRUCTORS", "castling_det.engine")
+WEIGHT_INITIALIZERS = _registry("WEIGHT_INITIALIZERS", "castling_det.conversion.pretrained")
+_borrowed = [_registry(kind) for kind in BORROWED]

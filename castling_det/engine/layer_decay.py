@@ -22,7 +22,10 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     """
 
     def add_params(self, params: list[dict[str, Any]], module: nn.Module, prefix: str = "", **kwargs: Any) -> None:
-        """Adds the groups of `module` to `params`."""
+        """Adds the groups of `module` to `params`; mmengine's own calls it again for each child, with a prefix."""
+        if prefix:
+            super().add_params(params, module, prefix, **kwargs)
+            return
         decay_rate = self.paramwise_cfg.get("decay_rate")
         if decay_rate is None or not 0 < decay_rate <= 1:
             raise ValueError(

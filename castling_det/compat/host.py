@@ -1,0 +1,82 @@
+"""Which mmengine, mmcv and mmdet are installed, and whether this package works with them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+
+__all__ = ["HOST_PACKAGES", "HostPackage", "check_host", "host_problems", "installed_distributions"]
+
+INSTALL_HINT = "pip install 'castling-det[onedl]'"
+
+
+@dataclass(frozen=True)
+class HostPackage:
+    """A module that the host provides, the distributions that carry it, and the supported versions."""
+
+    module: str
+    distributions: tuple[str, ...]
+    minimum: str
+    below: str
+
+
+HOST_PACKAGES = (
+    HostPackage("mmengine", ("onedl-mmengine", "mmengine", "mmengine-lite"), minimum="0.10.0", below="1"),
+    HostPackage("mmcv", ("onedl-mmcv", "mmcv", "mmcv-lite", "mmcv-full"), minimum="2.1.0", below="3"),
+    HostPackage("mmdet", ("onedl-mmdetection", "mmdet"), minimum="3.3.0", below="4"),
+)
+
+
+def release(version_text: str) -> tuple[int, ...]:
+    """The numbers that start a version: (2, 11, 0) of "2.11.0+cu130"."""
+    match = re.match(r"\d+(?:\.\d+)*", version_text)
+    return tuple(int(part) for part in match.group().split(".")) if match else ()
+
+
+def installed_distributions(package: HostPackage) -> list[tuple[str, str]]:
+    """Name and version of each installed distribution with the module; more than one is a conflict."""
+    found = []
+    for name in package.distributions:
+        try:
+            found.append((name, version(name)))
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def host_problems() -> list[str]:
+    """One sentence for each thing that keeps MMDetection from working with this package; imports nothing."""
+    problems = []
+    installed: dict[str, tuple[str, str]] = {}
+    for package in HOST_PACKAGES:
+        distributions = installed_distributions(package)
+        if not distributions:
+            # A source checkout on the path has no metadata; its version is then the user's own affair.
+            if find_spec(package.module) is None:
+                problems.append(f"{package.module} is not installed")
+            continue
+        name, found = installed[package.module] = distributions[0]
+        if not release(package.minimum) <= release(found) < release(package.below):
+            problems.append(
+                f"{name} {found} is not supported, "
+                f"{package.module} must be >= {package.minimum} and < {package.below}"
+            )
+    mmdet, mmcv = installed.get("mmdet", ("", "")), installed.get("mmcv", ("", ""))
+    if mmdet[0] == "mmdet" and release(mmdet[1])[:2] == (3, 3) and release(mmcv[1]) >= (2, 2):
+        problems.append(
+            f"mmdet {mmdet[1]} accepts mmcv below 2.2.0 only, and {mmcv[0]} {mmcv[1]} is installed"
+        )
+    return problems
+
+
+def check_host() -> None:
+    """Raises one ImportError that names every problem and what to install."""
+    problems = host_problems()
+    if problems:
+        raise ImportError(
+            f"castling_det needs MMDetection 3.x: {'; '.join(problems)}. "
+            f"Install a supported host with {INSTALL_HINT} (or 'castling-det[upstream]'); "
+            "`castling-det doctor` prints what is installed."
+        )

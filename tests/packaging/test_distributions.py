@@ -1,0 +1,84 @@
+"""What the wheel, the sdist and the editable install carry."""
+
+from __future__ import annotations
+
+import stat
+import tarfile
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+from tests.packaging.building import ROOT, build, create_environment
+
+
+def contents(wheel: Path) -> dict[str, bytes]:
+    with zipfile.ZipFile(wheel) as archive:
+        assert not any(stat.S_ISLNK(entry.external_attr >> 16) for entry in archive.infolist())
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def dist_info(files: dict[str, bytes], name: str) -> str:
+    (found,) = [path for path in files if path.endswith(f".dist-info/{name}")]
+    return files[found].decode()
+
+
+def files_below(folder: Path, *suffixes: str) -> set[str]:
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix in suffixes}
+    assert found, f"nothing in {folder}"
+    return found
+
+
+def test_wheel_carries_every_module_and_nothing_else(wheel: Path) -> None:
+    files = contents(wheel)
+    modules = {f"castling_det/{name}" for name in files_below(ROOT / "castling_det", ".py") if ".mim" not in name}
+    carried = {name for name in files if name.endswith(".py") and "/.mim/" not in name}
+    assert carried == modules
+    tops = {name.partition("/")[0] for name in files}
+    assert len(tops) == 3 and {"castling_det", "castling_det.pth"} < tops
+    assert "castling_det/py.typed" in files
+
+
+def test_configs_and_tools_travel_as_files(wheel: Path) -> None:
+    files = contents(wheel)
+    for folder, suffixes in (("configs", (".py", ".yml")), ("tools", (".py",))):
+        for name in files_below(ROOT / folder, *suffixes):
+            assert files[f"castling_det/.mim/{folder}/{name}"] == ROOT.joinpath(folder, name).read_bytes()
+    assert files["castling_det/.mim/model-index.yml"] == ROOT.joinpath("model-index.yml").read_bytes()
+
+
+def test_the_hook_is_beside_the_package_and_on_record(wheel: Path) -> None:
+    files = contents(wheel)
+    assert files["castling_det.pth"] == ROOT.joinpath("castling_det.pth").read_bytes()
+    assert dist_info(files, "RECORD").count("castling_det.pth,sha256=") == 1
+
+
+def test_metadata(wheel: Path) -> None:
+    files = contents(wheel)
+    metadata = Parser().parsestr(dist_info(files, "METADATA"))
+    assert (metadata["Name"], metadata["Version"]) == ("castling-det", "0.1.0")
+    assert metadata["License"] == "Apache-2.0" and "Apache License" in dist_info(files, "licenses/LICENSE")
+    assert {part.strip() for part in metadata["Requires-Python"].split(",")} == {">=3.10", "<3.13"}
+    required = metadata.get_all("Requires-Dist") or []
+    unconditional = [line for line in required if "extra ==" not in line]
+    hosts = [line for line in unconditional if line.removeprefix("onedl-").startswith("mm")]
+    assert unconditional and not hosts, "the host is the user's choice"
+    assert {"onedl", "upstream", "faster-coco-eval", "test"} <= set(metadata.get_all("Provides-Extra") or [])
+    assert "castling-det = castling_det.cli:main" in dist_info(files, "entry_points.txt")
+
+
+def test_sdist_builds_the_same_wheel(source: Path, wheel: Path, tmp_path: Path) -> None:
+    sdist = build("sdist", source, tmp_path)
+    with tarfile.open(sdist) as archive:
+        assert not any(member.issym() for member in archive)
+        archive.extractall(tmp_path)
+    again = build("wheel", tmp_path / sdist.name.removesuffix(".tar.gz"), tmp_path)
+    assert contents(again).keys() == contents(wheel).keys()
+
+
+def test_editable_install_has_the_hook_and_uninstalls_it(source: Path, tmp_path: Path) -> None:
+    environment = create_environment(tmp_path / "venv")
+    environment.install(build("editable", source, tmp_path))
+    assert environment.site_packages.joinpath("castling_det.pth").exists()
+    assert not environment.site_packages.joinpath("castling_det").exists()
+    environment.pip("uninstall", "--quiet", "--yes", "castling-det")
+    assert {path.name for path in environment.site_packages.iterdir()} - {"__pycache__"} == {"zz_host.pth"}
