@@ -39,7 +39,7 @@ BORROWED = (
 """Kinds that this package adds nothing to."""
 
 
-class HostedRegistry(Registry):  # type: ignore[misc]  # mmengine has no type information
+class HostedRegistry(Registry):
     """Asks MMDetection's registry of the same kind for a name without a scope that it does not hold.
 
     Before mmengine's, the parent of both: the `Resize` there is mmcv's, not MMDetection's.
