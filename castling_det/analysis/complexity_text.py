@@ -1,0 +1,79 @@
+"""A complexity record as a table to read and as a JSON file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from castling_det.analysis.codec import from_jsonable, to_jsonable
+from castling_det.analysis.complexity import SCHEMA, Complexity
+from castling_det.files import write_json
+
+__all__ = ["complexity_table", "read_complexity", "write_complexity"]
+
+
+def complexity_table(complexity: Complexity, *, by_module: bool = False) -> str:
+    """Parameters and GMACs by part and by kind, and by module if asked, as aligned text."""
+    rows: list[Sequence[str]] = [("by part", "params", "gmacs", "share")]
+    for part in {**complexity.params_by_part, **complexity.macs_by_part}:
+        macs = complexity.macs_by_part.get(part, 0)
+        rows.append((part, f"{complexity.params_by_part.get(part, 0):,}", *_macs(macs, complexity.macs)))
+    rows += [("", "", "", ""), ("by kind", "", "gmacs", "share")]
+    ordered = sorted(complexity.macs_by_kind.items(), key=lambda item: -item[1])
+    rows += [(kind, "", *_macs(macs, complexity.macs)) for kind, macs in ordered]
+    if by_module:
+        rows += [("", "", "", ""), ("by module", "params", "gmacs", "share")]
+        for module in complexity.modules:
+            macs = sum(module.macs.values())
+            rows.append((f"{module.name} ({module.type})", f"{module.params:,}", *_macs(macs, complexity.macs)))
+    rows += [("", "", "", ""), ("total", f"{complexity.params:,}", *_macs(complexity.macs, complexity.macs))]
+    height, width = complexity.input_shape
+    padded = (
+        ""
+        if complexity.padded_shape == complexity.input_shape
+        else " padded to {} x {}".format(*complexity.padded_shape)
+    )
+    head = f"{complexity.config}: one image of {height} x {width} pixels (height x width){padded}"
+    return "\n".join([head, "gmacs: 10^9 multiply-adds, in closed form", "", *_aligned(rows)])
+
+
+def write_complexity(path: str | os.PathLike[str], complexity: Complexity) -> None:
+    """Writes the record as JSON."""
+    write_json(path, {"schema": SCHEMA, "complexity": to_jsonable(complexity, where="complexity")})
+
+
+def read_complexity(path: str | os.PathLike[str]) -> Complexity:
+    """Reads what `write_complexity` wrote.
+
+    Raises:
+        ValueError: not such a file; names it and the fix.
+    """
+    fix = "make it again with tools/complexity.py CONFIG --shape H W --json OUT"
+    try:
+        document = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not a readable JSON file ({error}); {fix}") from error
+    if not isinstance(document, dict) or document.get("schema") != SCHEMA:
+        raise ValueError(f"{path}: expected schema {SCHEMA!r}; {fix}")
+    return from_jsonable(Complexity, document.get("complexity"), where="complexity")
+
+
+def _macs(macs: int, total: int) -> tuple[str, str]:
+    return f"{macs / 1e9:,.4f}", f"{macs / total:.1%}" if total else "-"
+
+
+def _aligned(rows: Iterable[Sequence[str]]) -> list[str]:
+    """First column to the left, the others to the right."""
+    rows = list(rows)
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            [
+                row[0].ljust(widths[0]),
+                *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
+            ]
+        ).rstrip()
+        for row in rows
+    ]

@@ -1,0 +1,20 @@
+"""Builds the comparison of a set of runs from their work dirs, and renders it. Nothing is measured here."""
+
+from castling_det.analysis.report.build import build_report, comparison_pictures, read_latency
+from castling_det.analysis.report.compare import Annotations
+from castling_det.analysis.report.markdown import markdown
+from castling_det.analysis.report.pages import html_page, write_report
+from castling_det.analysis.report.runs import build_run
+from castling_det.analysis.report.spec import RunSpec
+
+__all__ = [
+    "Annotations",
+    "RunSpec",
+    "build_report",
+    "build_run",
+    "comparison_pictures",
+    "html_page",
+    "markdown",
+    "read_latency",
+    "write_report",
+]

@@ -1,0 +1,64 @@
+"""A report as Markdown: to print, to paste into a README, to read in a pull request."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from castling_det.analysis.record import METRICS, Report, RunRecord
+from castling_det.analysis.report.table import (
+    failures,
+    headline_cells,
+    headline_columns,
+    latency_note,
+    machine_line,
+    notes,
+    summaries,
+)
+
+__all__ = ["markdown"]
+
+
+def markdown(report: Report) -> str:
+    """The table, failed runs, every single run, how it was made."""
+    lines = [f"# {report.deployed} against {report.baseline}", "", _plain(f"Data: {report.dataset}."), ""]
+    lines += _table(headline_columns(report), [headline_cells(report, summary) for summary in summaries(report)])
+    explained = (
+        "mAP in [0, 1]; ± is the sample standard deviation over seeds. GMACs are 10^9 multiply-adds of one image."
+    )
+    lines += ["", f"{explained} {latency_note(report)}".strip()]
+    lines += [text for note in notes(report) for text in ("", f"Note: {_plain(note)}")]
+    if report.failed:
+        lines += ["", "## Failed", "", *(f"- {_plain(line)}" for line in failures(report))]
+    columns = ("run", "seed", "status", *METRICS, "iterations", "checkpoint sha256")
+    lines += ["", "## Every run", "", *_table(columns, [_run_cells(run) for run in report.runs])]
+    commands = dict.fromkeys(command for run in report.runs for command in run.commands)
+    lines += ["", "## How it was made", "", f"- `{_plain(report.created_by)}`, {report.created_at}"]
+    lines += [f"- `{_plain(command)}`" for command in commands]
+    lines += [f"- {machine_line(report)}"]
+    return "\n".join(lines) + "\n"
+
+
+def _run_cells(run: RunRecord) -> tuple[str, ...]:
+    values = [run.metrics.get(name) for name in METRICS]
+    return (
+        run.name,
+        "-" if run.seed is None else str(run.seed),
+        run.status if run.ok else "FAILED",
+        *("-" if value is None else f"{value:.3f}" for value in values),
+        "-" if run.iterations is None else str(run.iterations),
+        run.checkpoint_sha256[:12] if run.checkpoint_sha256 else "-",
+    )
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns are padded to one width, so that the source reads as a table too."""
+    cells = [[_plain(cell) for cell in row] for row in (columns, *rows)]
+    widths = [max(len(cell) for cell in column) for column in zip(*cells, strict=True)]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    head, *body = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in cells)
+    return ["| " + " | ".join(row) + " |" for row in (head, rule, *body)]
+
+
+def _plain(text: str) -> str:
+    """One line that cannot break a table."""
+    return " ".join(text.split()).replace("|", "\\|")

@@ -1,0 +1,30 @@
+"""A report of a demo-like set of runs, read from work dirs once for all tests."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+
+from castling_det.analysis.record import Report
+from castling_det.analysis.report import Annotations, RunSpec, build_report, comparison_pictures
+from castling_det.analysis.report.gallery import Row
+from tests.analysis.samples import write_data, write_demo
+
+
+class Demo(NamedTuple):
+    report: Report
+    pictures: list[Row]
+    specs: list[RunSpec]
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
+    root = tmp_path_factory.mktemp("demo")
+    annotations, images = write_data(root)
+    specs = [RunSpec.parse(run) for run in write_demo(root / "runs", annotations)]
+    data = Annotations(annotations, description="noise & <boxes>")
+    report = build_report(
+        specs, baseline="softmax", deployed="deploy", annotations=data, created_by="tools/report.py --x"
+    )
+    return Demo(report, comparison_pictures(report, specs, data, images, count=3), specs)

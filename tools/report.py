@@ -1,0 +1,75 @@
+"""Compares trained detectors: reads work dirs, writes report.json, report.md and index.html. Measures nothing.
+
+A run is NAME=WORK_DIR, with more fields after commas where a default does not fit:
+
+  test=DIR        work dir of tools/test.py (default WORK_DIR/test)
+  train=DIR       work dir of the training (default WORK_DIR; for a converted checkpoint, that of its source)
+  config=FILE     config (default: what the tools dumped)
+  checkpoint=FILE tested checkpoint (default: what the test's config says, else the last one)
+  seed=N          (default: from a folder such as seed0 in the path, else from the config)
+
+Runs of the same name are seeds of one another and share a row. Exit code: 0; 1 if a run failed; 2 for a wrong argument.
+
+  tools/report.py --run softmax=work_dirs/demo/seed0/softmax --run castling=work_dirs/demo/seed0/castling
+      --run deploy=work_dirs/demo/seed0/deploy --baseline softmax --deployed deploy
+      --ann data/tree_crowns/annotations/val.json --images data/tree_crowns/val --out work_dirs/demo/report
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+from castling_det.analysis.report import (
+    Annotations,
+    RunSpec,
+    build_report,
+    comparison_pictures,
+    markdown,
+    read_latency,
+    write_report,
+)
+
+
+def main() -> int:
+    """Returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", action="append", required=True, metavar="NAME=WORK_DIR[,KEY=VALUE...]", dest="runs")
+    parser.add_argument("--baseline", required=True, metavar="NAME", help="the run that the others are compared with")
+    parser.add_argument("--deployed", metavar="NAME", help="the run that is shipped (default: that of the last --run)")
+    parser.add_argument("--ann", required=True, type=Path, metavar="FILE", help="COCO annotations that were tested on")
+    parser.add_argument("--images", required=True, type=Path, metavar="DIR", help="folder of the tested images")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the report")
+    parser.add_argument("--shape", nargs=2, type=int, metavar=("H", "W"), help="image for GMACs (default: as tested)")
+    parser.add_argument("--latency", type=Path, metavar="FILE", help="JSON with measured latencies by run")
+    parser.add_argument("--dataset", metavar="TEXT", help="what the report calls the data (default: file and counts)")
+    parser.add_argument("--score", type=float, default=0.3, help="score from which on a box counts in the pictures")
+    parser.add_argument("--pictures", type=int, default=8, metavar="N", help="images in the gallery")
+    arguments = parser.parse_args()
+    try:
+        specs = [RunSpec.parse(text) for text in arguments.runs]
+        annotations = Annotations(arguments.ann, description=arguments.dataset)
+        report = build_report(
+            specs,
+            baseline=arguments.baseline,
+            deployed=arguments.deployed or specs[-1].name,
+            annotations=annotations,
+            created_by=shlex.join(["tools/report.py", *sys.argv[1:]]),
+            shape=tuple(arguments.shape) if arguments.shape else None,
+            latency=read_latency(arguments.latency) if arguments.latency else None,
+            score_threshold=arguments.score,
+        )
+        pictures = comparison_pictures(report, specs, annotations, arguments.images, count=arguments.pictures)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    write_report(arguments.out, report, pictures)
+    print(markdown(report))
+    print(f"{arguments.out / 'index.html'}")
+    return 1 if report.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
