@@ -16,11 +16,11 @@ BLOCK = re.compile(r"(<!-- begin table: python tools/update_readme\.py -->\n).*?
 def updated(text: str) -> str:
     """The README with its table made anew."""
     from castling_det.analysis.record import read_report
-    from castling_det.analysis.report import markdown
+    from castling_det.analysis.report import headline
 
     if not BLOCK.search(text):
         raise ValueError(f"{README}: the markers of the table are missing")
-    table = markdown(read_report(RECORD))
+    table = headline(read_report(RECORD))
     return BLOCK.sub(lambda found: f"{found[1]}{table.strip()}\n{found[2]}", text)
 
 

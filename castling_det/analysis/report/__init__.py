@@ -2,7 +2,7 @@
 
 from castling_det.analysis.report.build import build_report, comparison_pictures, read_latency
 from castling_det.analysis.report.compare import Annotations
-from castling_det.analysis.report.markdown import markdown
+from castling_det.analysis.report.markdown import headline, markdown
 from castling_det.analysis.report.pages import html_page, write_report
 from castling_det.analysis.report.runs import build_run
 from castling_det.analysis.report.spec import RunSpec
@@ -13,6 +13,7 @@ __all__ = [
     "build_report",
     "build_run",
     "comparison_pictures",
+    "headline",
     "html_page",
     "markdown",
     "read_latency",

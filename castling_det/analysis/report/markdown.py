@@ -15,17 +15,22 @@ from castling_det.analysis.report.table import (
     summaries,
 )
 
-__all__ = ["markdown"]
+__all__ = ["headline", "markdown"]
+
+
+def headline(report: Report) -> str:
+    """The table with its units and the machine, without headings: to stand in another document."""
+    table = _table(headline_columns(report), [headline_cells(report, summary) for summary in summaries(report)])
+    explained = (
+        "mAP in [0, 1]; ± is the sample standard deviation over seeds. GMACs are 10^9 multiply-adds of one image."
+    )
+    return "\n".join([*table, "", f"{explained} {latency_note(report)}".strip(), "", machine_line(report)]) + "\n"
 
 
 def markdown(report: Report) -> str:
     """The table, failed runs, every single run, how it was made."""
     lines = [f"# {report.deployed} against {report.baseline}", "", _plain(f"Data: {report.dataset}."), ""]
-    lines += _table(headline_columns(report), [headline_cells(report, summary) for summary in summaries(report)])
-    explained = (
-        "mAP in [0, 1]; ± is the sample standard deviation over seeds. GMACs are 10^9 multiply-adds of one image."
-    )
-    lines += ["", f"{explained} {latency_note(report)}".strip()]
+    lines += [headline(report).rstrip()]
     lines += [text for note in notes(report) for text in ("", f"Note: {_plain(note)}")]
     if report.failed:
         lines += ["", "## Failed", "", *(f"- {_plain(line)}" for line in failures(report))]
@@ -34,7 +39,6 @@ def markdown(report: Report) -> str:
     commands = dict.fromkeys(command for run in report.runs for command in run.commands)
     lines += ["", "## How it was made", "", f"- `{_plain(report.created_by)}`, {report.created_at}"]
     lines += [f"- `{_plain(command)}`" for command in commands]
-    lines += [f"- {machine_line(report)}"]
     return "\n".join(lines) + "\n"
 
 
