@@ -29,8 +29,10 @@ from castling_det.analysis.report import (
     comparison_pictures,
     markdown,
     read_latency,
+    strip,
     write_report,
 )
+from castling_det.files import atomic_write
 
 
 def main() -> int:
@@ -47,6 +49,7 @@ def main() -> int:
     parser.add_argument("--dataset", metavar="TEXT", help="what the report calls the data (default: file and counts)")
     parser.add_argument("--score", type=float, default=0.3, help="score from which on a box counts in the pictures")
     parser.add_argument("--pictures", type=int, default=8, metavar="N", help="images in the gallery")
+    parser.add_argument("--strip", type=Path, metavar="FILE.png", help="the gallery's first row as a picture too")
     arguments = parser.parse_args()
     try:
         specs = [RunSpec.parse(text) for text in arguments.runs]
@@ -66,6 +69,10 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     write_report(arguments.out, report, pictures)
+    if arguments.strip and pictures:
+        titles = ("ground truth", f"{report.baseline} (baseline)", f"{report.deployed} (linear attention only)")
+        with atomic_write(arguments.strip) as temporary:
+            strip(pictures[0], titles).save(temporary, format="PNG", optimize=True)
     print(markdown(report))
     print(f"{arguments.out / 'index.html'}")
     return 1 if report.failed else 0

@@ -4,5 +4,5 @@ model = dict(backbone=dict(attention="castling", threshold=1.0, threshold_unit="
 # end: tokens of a 256 x 256 tile at stride 8, so that the ramp itself empties the mask.
 custom_hooks = [
     *_base_.custom_hooks,
-    dict(type="castling_det.MaskAnnealingHook", schedule="geometric", end=1024, empty_from=0.7, interval=10),
+    dict(type="castling_det.MaskAnnealingHook", schedule="geometric", end=1024, empty_from=0.7, interval=20),
 ]

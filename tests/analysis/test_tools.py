@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from PIL import Image
 
 from castling_det.analysis.complexity_text import read_complexity
 from castling_det.analysis.record import read_report
@@ -57,6 +58,8 @@ def test_report(tool: Tool, tmp_path: Path) -> None:
         str(images),
         "--out",
         str(tmp_path / "out"),
+        "--strip",
+        str(tmp_path / "strip.png"),
     ]
     result = tool("report.py", *arguments, "--pictures", "2", "--score", "0.4")
     assert result.returncode == 0, result.stderr
@@ -66,6 +69,8 @@ def test_report(tool: Tool, tmp_path: Path) -> None:
     assert report.comparison.score_threshold == 0.4
     assert report.created_by.startswith("tools/report.py --run softmax=")
     assert (tmp_path / "out" / "index.html").read_text().count("<img ") == 6
+    with Image.open(tmp_path / "strip.png") as picture:
+        assert picture.width > 3 * 512 and picture.height > 512 - 1
     failing = tool("report.py", *arguments, "--run", f"linear={tmp_path / 'nowhere'}", "--deployed", "deploy")
     assert failing.returncode == 1, "a failed run is in the report and in the exit code"
     assert "linear: FAILED" in failing.stdout

@@ -2,6 +2,7 @@
 
 from castling_det.analysis.report.build import build_report, comparison_pictures, read_latency
 from castling_det.analysis.report.compare import Annotations
+from castling_det.analysis.report.gallery import strip
 from castling_det.analysis.report.markdown import headline, markdown
 from castling_det.analysis.report.pages import html_page, write_report
 from castling_det.analysis.report.runs import build_run
@@ -17,5 +18,6 @@ __all__ = [
     "html_page",
     "markdown",
     "read_latency",
+    "strip",
     "write_report",
 ]

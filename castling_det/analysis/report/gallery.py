@@ -19,7 +19,7 @@ from castling_det.analysis.record import Comparison, ImageComparison
 from castling_det.analysis.report.colors import BOXES
 from castling_det.analysis.report.compare import Annotations
 
-__all__ = ["Row", "data_uri", "gallery"]
+__all__ = ["Row", "data_uri", "gallery", "strip"]
 
 _SIDE = 512
 """Pixels of a picture's longer side, at least: tiles are enlarged so that lines stay thin beside the objects."""
@@ -67,6 +67,19 @@ def gallery(
             drawn.append(_draw_detections(picture, found, truth, scale, comparison))
         rows.append(Row(image, *drawn))
     return rows
+
+
+def strip(row: Row, titles: tuple[str, str, str], *, gap: int = 8) -> Image.Image:
+    """The three pictures of a row beside each other, `gap` pixels apart, each under its title."""
+    pictures = (row.truth, row.baseline, row.deployed)
+    width, height = row.truth.size
+    head = 24
+    whole = Image.new("RGB", (3 * width + 2 * gap, height + head), "white")
+    for number, (picture, title) in enumerate(zip(pictures, titles, strict=True)):
+        left = number * (width + gap)
+        ImageDraw.Draw(whole).text((left + 4, 4), title, fill="black", font_size=14)
+        whole.paste(picture, (left, head))
+    return whole
 
 
 def data_uri(picture: Image.Image) -> str:

@@ -4,25 +4,29 @@ data_root = "data/tree_crowns/"
 metainfo = dict(classes=("tree",), palette=[(46, 160, 67)])
 image_size = (256, 256)
 
+# Haze and exposure differ between the training image and the held-out one: equalised histograms bring them together.
 train_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="LoadAnnotations", with_bbox=True),
+    dict(type="Equalize", prob=1.0),
     dict(type="RandomFlip", prob=[0.25, 0.25, 0.25], direction=["horizontal", "vertical", "diagonal"]),
-    dict(type="RandomResize", scale=image_size, ratio_range=(0.8, 1.3), keep_ratio=True),
+    dict(type="RandomResize", scale=image_size, ratio_range=(0.8, 1.2), keep_ratio=True),
     dict(type="RandomCrop", crop_size=image_size, allow_negative_crop=True),
+    dict(type="FilterAnnotations", min_gt_bbox_wh=(12, 12), keep_empty=False),
     dict(type="PhotoMetricDistortion"),
     dict(type="Pad", size=image_size, pad_val=dict(img=(114, 114, 114))),
     dict(type="PackDetInputs"),
 ]
 test_pipeline = [
     dict(type="LoadImageFromFile"),
+    dict(type="Equalize", prob=1.0),
     dict(type="Resize", scale=image_size, keep_ratio=True),
     dict(type="LoadAnnotations", with_bbox=True),
     dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")),
 ]
 
 train_dataloader = dict(
-    batch_size=8,
+    batch_size=4,
     num_workers=1,
     persistent_workers=True,
     sampler=dict(type="InfiniteSampler", shuffle=True),

@@ -1,4 +1,4 @@
-# CastlingViT-nano: 4 blocks of width 96 at stride 8 behind a convolutional stem, simple feature pyramid, GFL head.
+# CastlingViT-nano: 4 blocks of width 64 at stride 8 behind a convolutional stem, simple feature pyramid, GFL head.
 model = dict(
     type="GFL",
     data_preprocessor=dict(
@@ -10,11 +10,12 @@ model = dict(
     ),
     backbone=dict(
         type="castling_det.CastlingViT",
-        embed_dims=96,
+        embed_dims=64,
         depth=4,
-        num_heads=3,
+        num_heads=2,
         mlp_ratio=2.0,
         stem="conv",
+        local_conv_kernel_size=7,
         patch_size=8,
         img_size=256,
         drop_path_rate=0.05,
@@ -22,7 +23,7 @@ model = dict(
     ),
     neck=dict(
         type="castling_det.SimpleFeaturePyramid",
-        in_channels=96,
+        in_channels=64,
         out_channels=64,
         in_stride=8,
         out_strides=(8, 16, 32),

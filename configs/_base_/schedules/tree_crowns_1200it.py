@@ -1,7 +1,7 @@
-# 400 iterations from scratch, minutes on two CPU cores: the demo's recipe, the same for every attention.
+# 1200 iterations from scratch, minutes on two CPU cores: the demo's recipe, the same for every attention.
 _base_ = "mmdet::_base_/default_runtime.py"
 
-max_iters = 400
+max_iters = 1200
 train_cfg = dict(type="IterBasedTrainLoop", max_iters=max_iters, val_interval=max_iters // 4)
 val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")
@@ -16,10 +16,10 @@ param_scheduler = [
     dict(type="CosineAnnealingLR", eta_min_ratio=0.01, by_epoch=False, begin=40, end=max_iters, T_max=max_iters - 40),
 ]
 default_hooks = dict(
-    logger=dict(interval=10),
+    logger=dict(interval=20),
     checkpoint=dict(type="CheckpointHook", by_epoch=False, interval=max_iters // 4, max_keep_ckpts=1),
 )
-log_processor = dict(by_epoch=False, window_size=10)
+log_processor = dict(by_epoch=False, window_size=20)
 custom_hooks = [
     dict(type="castling_det.ClassCountHook"),
     dict(type="EMAHook", ema_type="ExpMomentumEMA", momentum=0.01, gamma=50, update_buffers=True, priority=49),
