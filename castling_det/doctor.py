@@ -183,6 +183,12 @@ def _startup(name: str) -> Finding:
     )
 
 
+def _host_tools(name: str) -> Finding:
+    from castling_det.experiments import mmdet_tool
+
+    return Finding(name, "ok", str(Path(mmdet_tool("train.py")).parent))
+
+
 def _configs(name: str) -> Finding:
     from mmengine.config import Config
 
@@ -214,5 +220,6 @@ CHECKS: tuple[tuple[str, Callable[[str], Finding]], ...] = (
     ("threads", _threads),
     ("registry", _registry),
     ("start-up", _startup),
+    ("tools", _host_tools),
     ("configs", _configs),
 )

@@ -16,4 +16,5 @@ def errors(actual: Tensor, expected: Tensor) -> tuple[float, float]:
 def assert_parity(actual: Tensor, expected: Tensor, *, rms: float, maximum: float, what: str = "") -> None:
     """Fails when either relative error is over its bound, or not a number."""
     found_rms, found_max = errors(actual, expected)
-    assert found_rms <= rms and found_max <= maximum, f"{what}: rms {found_rms:.2e} > {rms} or max {found_max:.2e} > {maximum}"
+    within = found_rms <= rms and found_max <= maximum
+    assert within, f"{what}: rms {found_rms:.2e} (allowed {rms}), max {found_max:.2e} (allowed {maximum})"

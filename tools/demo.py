@@ -38,6 +38,7 @@ def main() -> int:
         tools=ROOT / "tools",
         prefix="gfl_castling-vit-nano",
         suffix="tree-crowns",
+        train_annotations=annotations.with_name("train.json"),
         annotations=annotations,
         images=args.data_root / "val",
         max_iters=args.max_iters,

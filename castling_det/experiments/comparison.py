@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +26,9 @@ class Comparison:
     tools: Path
     prefix: str
     suffix: str
+    train_annotations: Path
     annotations: Path
+    """Of the images that the report is about."""
     images: Path
     max_iters: int | None = None
     seeds: Sequence[int] = (0,)
@@ -101,7 +104,8 @@ def _train(plan: Comparison, seed: int, name: str) -> Step:
             *((f"train_cfg.max_iters={plan.max_iters}",) if plan.max_iters is not None else ()),
         ),
         folder,
-        inputs=_config_files(plan),
+        inputs=(plan.train_annotations, plan.annotations),
+        settings=_resolved(plan.config(name)),
         keep_partial=True,
         stamp_name="train",
     )
@@ -122,8 +126,11 @@ def _test(plan: Comparison, seed: int, name: str, checkpoint: Path, after: Step)
     )
 
 
-def _config_files(plan: Comparison) -> tuple[Path, ...]:
-    return (*sorted(plan.configs.parent.rglob("*.py")), plan.annotations)
+def _resolved(config: Path) -> str:
+    """What the config says once its bases are read: a comment or another family's file changes nothing."""
+    from mmengine.config import Config
+
+    return json.dumps(Config.fromfile(config).to_dict(), sort_keys=True, default=str)
 
 
 def _python(script: Path) -> tuple[str, str]:

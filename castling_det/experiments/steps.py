@@ -53,6 +53,8 @@ class Step:
     """Where the step writes; its log and its stamp stand there too."""
     inputs: tuple[Path, ...] = ()
     """Files whose content decides the result; when one changes, the step is done again."""
+    settings: str = ""
+    """Text that decides the result as the inputs do, such as a config with its bases read."""
     keep_partial: bool = False
     """The command goes on from what an interrupted run left in `folder`; otherwise it starts over."""
     stamp_name: str = "step"
@@ -68,9 +70,9 @@ class Step:
         return self.folder / f"{self.stamp_name}.log"
 
     def key(self) -> str:
-        """What the step is made from, as one hash: command and inputs' content."""
+        """What the step is made from, as one hash: command, inputs' content and settings."""
         digests = {str(path): sha256_of(path) for path in self.inputs}
-        return hashlib.sha256(json.dumps([self.command, digests], sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([self.command, digests, self.settings], sort_keys=True).encode()).hexdigest()
 
 
 def mmdet_tool(name: str) -> str:

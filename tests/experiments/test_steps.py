@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,11 @@ def test_progress_lines_of_mmengine_are_read():
     assert _ITERATION.search("INFO - Epoch(test) [12/13]    eta")
 
 
+def test_other_settings_are_another_key(tmp_path):
+    step = python_step(tmp_path / "s", APPEND)
+    assert step.key() == replace(step).key() != replace(step, settings="lr=1").key()
+
+
 def test_the_comparison_is_a_chain_of_public_commands(tmp_path):
     annotations = tmp_path / "val.json"
     annotations.touch()
@@ -81,6 +87,7 @@ def test_the_comparison_is_a_chain_of_public_commands(tmp_path):
         tools=Path("tools"),
         prefix="gfl_castling-vit-nano",
         suffix="tree-crowns",
+        train_annotations=annotations,
         annotations=annotations,
         images=tmp_path,
         seeds=(0, 3),
