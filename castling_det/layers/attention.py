@@ -117,7 +117,21 @@ class CastlingAttention(nn.Module):
                 f"x: expected (B, {self.num_prefix_tokens} + {hw[0]} * {hw[1]}, {self.dim}) for hw={tuple(hw)}, "
                 f"got {tuple(x.shape)}; pass the height and width of the map that x was flattened from"
             )
-        qkv = self.qkv(x)
+        out: Tensor = self.proj_drop(self.proj(self.attend(self.qkv(x), hw)))
+        return out
+
+    def attend(self, qkv: Tensor, hw: tuple[int, int]) -> Tensor:
+        """The core: everything between the projections `qkv` and `proj`, local convolution included.
+
+        Args:
+            qkv: packed queries, keys and values, (B, N, 3 * C), each of them head by head.
+            hw: height and width of the feature map.
+
+        Returns:
+            Merged heads, (B, N, C).
+        """
+        batch, tokens, _ = qkv.shape
+        dim = self.dim
         q_BHNK, k_BHNK, v_BHNK = (
             qkv.reshape(batch, tokens, 3, self.num_heads, dim // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
         )
@@ -127,10 +141,7 @@ class CastlingAttention(nn.Module):
             aux = self._masked_softmax_branch(q_BHNK, k_BHNK, v_BHNK)
             y_BHNK = linear_angular_attention(q_BHNK, k_BHNK, v_BHNK, normalizer=self.normalizer, aux=aux)
         y = y_BHNK.transpose(1, 2).reshape(batch, tokens, dim)
-        if self.dconv is not None:
-            y = y + self.dconv(qkv[..., 2 * dim :], hw)
-        out: Tensor = self.proj_drop(self.proj(y))
-        return out
+        return y if self.dconv is None else y + self.dconv(qkv[..., 2 * dim :], hw)
 
     def absolute_threshold(self, num_tokens: int) -> float:
         """The threshold as a probability for a sequence of `num_tokens`."""
