@@ -10,6 +10,8 @@ train_pipeline = [
     dict(type="LoadAnnotations", with_bbox=True),
     dict(type="Equalize", prob=1.0),
     dict(type="RandomFlip", prob=[0.25, 0.25, 0.25], direction=["horizontal", "vertical", "diagonal"]),
+    # Quarter turns: crowns have no side that is up, and the shadows of another hour fall another way.
+    dict(type="Rotate", prob=0.5, level=10, min_mag=0.0, max_mag=90.0),
     dict(type="RandomResize", scale=image_size, ratio_range=(0.8, 1.2), keep_ratio=True),
     dict(type="RandomCrop", crop_size=image_size, allow_negative_crop=True),
     dict(type="FilterAnnotations", min_gt_bbox_wh=(12, 12), keep_empty=False),
