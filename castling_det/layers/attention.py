@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from castling_det.layers.local_conv import LocalConv
-from castling_det.ops import NORMALIZERS, MaskedSoftmax, linear_angular_attention, masked_softmax
+from castling_det.ops import NORMALIZERS, MaskedSoftmax, linear_angular_tokens, masked_softmax, packed_norms
 
 __all__ = ["ATTENTION_MODES", "THRESHOLD_UNITS", "CastlingAttention", "MaskStats"]
 
@@ -111,7 +111,7 @@ class CastlingAttention(nn.Module):
         Returns:
             (B, N, C).
         """
-        batch, tokens, dim = x.shape
+        _, tokens, dim = x.shape
         if tokens != self.num_prefix_tokens + hw[0] * hw[1] or dim != self.dim:
             raise ValueError(
                 f"x: expected (B, {self.num_prefix_tokens} + {hw[0]} * {hw[1]}, {self.dim}) for hw={tuple(hw)}, "
@@ -130,18 +130,23 @@ class CastlingAttention(nn.Module):
         Returns:
             Merged heads, (B, N, C).
         """
-        batch, tokens, _ = qkv.shape
-        dim = self.dim
-        q_BHNK, k_BHNK, v_BHNK = (
-            qkv.reshape(batch, tokens, 3, self.num_heads, dim // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
-        )
-        if self.mode == "softmax":
-            y_BHNK = F.scaled_dot_product_attention(q_BHNK, k_BHNK, v_BHNK)
-        else:
-            aux = self._masked_softmax_branch(q_BHNK, k_BHNK, v_BHNK)
-            y_BHNK = linear_angular_attention(q_BHNK, k_BHNK, v_BHNK, normalizer=self.normalizer, aux=aux)
-        y = y_BHNK.transpose(1, 2).reshape(batch, tokens, dim)
-        return y if self.dconv is None else y + self.dconv(qkv[..., 2 * dim :], hw)
+        qkv_BN3HK = qkv.unflatten(-1, (3, self.num_heads, self.dim // self.num_heads))
+        q_BNHK, k_BNHK, v_BNHK = qkv_BN3HK.unbind(2)
+        local = None if self.dconv is None else self.dconv(v_BNHK.flatten(-2), hw).unflatten(-1, v_BNHK.shape[-2:])
+        if self.mode != "softmax":
+            aux = self._masked_softmax_branch(q_BNHK, k_BNHK, v_BNHK)
+            return linear_angular_tokens(
+                q_BNHK,
+                k_BNHK,
+                v_BNHK,
+                normalizer=self.normalizer,
+                aux=aux,
+                norms=packed_norms(qkv_BN3HK),
+                residual=local,
+            ).flatten(-2)
+        y_BHNK = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q_BNHK, k_BNHK, v_BNHK)))
+        y = y_BHNK.transpose(1, 2).flatten(-2)
+        return y if local is None else y + local.flatten(-2)
 
     def absolute_threshold(self, num_tokens: int) -> float:
         """The threshold as a probability for a sequence of `num_tokens`."""
@@ -151,14 +156,15 @@ class CastlingAttention(nn.Module):
         """Whether nothing passes, whatever the input: threshold >= 1 in probability, or the branch faded out."""
         return self.absolute_threshold(num_tokens) >= 1 or self.aux_scale == 0
 
-    def _masked_softmax_branch(self, q: Tensor, k: Tensor, v: Tensor) -> MaskedSoftmax | None:
+    def _masked_softmax_branch(self, *qkv_BNHK: Tensor) -> MaskedSoftmax | None:
         if self.mode != "castling" or not (self.training or self.eval_aux):
             return None
-        tokens = v.shape[-2]
+        tokens = qkv_BNHK[0].shape[1]
         if self.mask_is_empty(tokens):
-            zero = torch.zeros((), device=v.device)
+            zero = torch.zeros((), device=qkv_BNHK[0].device)
             self.mask_stats = MaskStats(zero, zero)
             return None
+        q, k, v = (x.transpose(1, 2) for x in qkv_BNHK)
         aux = masked_softmax(q, k, v, self.absolute_threshold(tokens))
         self.mask_stats = MaskStats(aux.kept_fraction, aux.kept_mass.detach().float().mean())
         if self.aux_scale == 1:

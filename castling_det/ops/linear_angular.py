@@ -7,9 +7,9 @@ import math
 from torch import Tensor
 
 from castling_det.ops.masked_softmax import MaskedSoftmax
-from castling_det.ops.numerics import accumulation_dtype, inverse_norm, without_autocast
+from castling_det.ops.numerics import accumulation_dtype, inverse_of, vector_norm, without_autocast
 
-__all__ = ["NORMALIZERS", "linear_angular_attention"]
+__all__ = ["NORMALIZERS", "linear_angular_attention", "linear_angular_tokens"]
 
 NORMALIZERS = ("l2", "kernel")
 
@@ -46,24 +46,58 @@ def linear_angular_attention(
             "q, k, v: expected one common shape (B, H, N, K), got "
             f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
         )
+    q_BNHK, k_BNHK, v_BNHK = (x.transpose(1, 2) for x in (q, k, v))
+    return linear_angular_tokens(q_BNHK, k_BNHK, v_BNHK, normalizer=normalizer, aux=aux).transpose(1, 2)
+
+
+def linear_angular_tokens(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    normalizer: str = "l2",
+    aux: MaskedSoftmax | None = None,
+    norms: tuple[Tensor, Tensor] | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """`linear_angular_attention` on the layout of a packed projection, so that nothing is permuted or merged by copy.
+
+    Args:
+        q: queries, (B, N, H, K), any strides.
+        k: keys, (B, N, H, K).
+        v: values, (B, N, H, K).
+        normalizer: `"l2"` or `"kernel"`.
+        aux: the masked softmax branch, its tensors (B, H, N, K) and (B, H, N), or None.
+        norms: `packed_norms` of q and k where they lie in one tensor; None computes them.
+        residual: what is added to the result, (B, N, H, K), such as the local convolution; overwritten.
+
+    Returns:
+        (B, N, H, K), dtype of `v`.
+    """
     dtype = v.dtype
     accumulation = accumulation_dtype(dtype)
     with without_autocast(v):
-        q_BHNK, k_BHNK, v_BHNK = q.to(accumulation), k.to(accumulation), v.to(accumulation)
+        q_BNHK, k_BNHK, v_BNHK = q.to(accumulation), k.to(accumulation), v.to(accumulation)
+        q_norm_BNH1, k_norm_BNH1 = norms if norms is not None else (vector_norm(q_BNHK), vector_norm(k_BNHK))
         # 1/N on both terms cancels in either normaliser and keeps the sum's squared norm inside any dtype's range.
-        per_token = 1.0 / v.shape[-2]
-        khat_BHNK = k_BHNK * inverse_norm(k_BHNK)
-        kv_BHKK = khat_BHNK.transpose(-2, -1) @ v_BHNK * (per_token / math.pi)
-        angular_BHNK = q_BHNK @ kv_BHKK * inverse_norm(q_BHNK)
+        per_token = 1.0 / v.shape[1]
+        qhat_BNHK = q_BNHK * inverse_of(q_norm_BNH1)
+        khat_BNHK = k_BNHK * (inverse_of(k_norm_BNH1) * (per_token / math.pi))
+        kv_BHKK = khat_BNHK.permute(0, 2, 3, 1) @ v_BNHK.transpose(1, 2)
+        total_BNHK = (qhat_BNHK.transpose(1, 2) @ kv_BHKK).transpose(1, 2)
         if normalizer == "l2":
-            total_BHNK = angular_BHNK + v_BHNK * (0.5 * per_token)
+            total_BNHK.add_(v_BNHK, alpha=0.5 * per_token)
             if aux is not None:
-                total_BHNK = total_BHNK + aux.out.to(accumulation) * per_token
-            return (total_BHNK * inverse_norm(total_BHNK)).to(dtype)
-        ksum_BHK1 = khat_BHNK.sum(dim=-2).unsqueeze(-1) * (per_token / math.pi)
-        weight_BHN1 = 0.5 + q_BHNK @ ksum_BHK1 * inverse_norm(q_BHNK)
-        average_BHNK = (angular_BHNK + 0.5 * v_BHNK.mean(dim=-2, keepdim=True)) / weight_BHN1
-        if aux is not None:
-            mass_BHN1 = aux.kept_mass.to(accumulation).unsqueeze(-1)
-            average_BHNK = (average_BHNK + aux.out.to(accumulation)) / (1.0 + mass_BHN1)
-        return average_BHNK.to(dtype)
+                total_BNHK.add_(aux.out.to(accumulation).transpose(1, 2), alpha=per_token)
+            factor_BNH1 = inverse_of(vector_norm(total_BNHK))
+        else:
+            total_BNHK.add_(0.5 * v_BNHK.mean(dim=1, keepdim=True))
+            ksum_BHK1 = khat_BNHK.sum(dim=1).unsqueeze(-1)
+            factor_BNH1 = (0.5 + qhat_BNHK.transpose(1, 2) @ ksum_BHK1).transpose(1, 2).reciprocal()
+            if aux is not None:
+                share_BNH1 = 1.0 / (1.0 + aux.kept_mass.to(accumulation).transpose(1, 2).unsqueeze(-1))
+                total_BNHK = total_BNHK + aux.out.to(accumulation).transpose(1, 2) / factor_BNH1
+                factor_BNH1 = factor_BNH1 * share_BNH1
+        # Autograd keeps the total for the backward of its norm; without it the product may take its place.
+        out_BNHK = total_BNHK * factor_BNH1 if total_BNHK.requires_grad else total_BNHK.mul_(factor_BNH1)
+        return out_BNHK.to(dtype) if residual is None else residual.add_(out_BNHK)
