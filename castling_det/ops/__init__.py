@@ -1,6 +1,6 @@
 """Pure functions on tensors, torch only.
 
-Shape suffixes, here and in attention bodies: B batch, H heads, G = B * H, N tokens,
+Shape suffixes, here and in attention bodies: B batch, H heads, G a group of heads, N tokens,
 M a block of query tokens, K channels of a head, C = H * K.
 """
 

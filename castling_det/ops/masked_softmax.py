@@ -5,11 +5,11 @@ Exact, by blocks of queries, recomputed in backward: no N x N tensor is alive ac
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from castling_det.ops.numerics import accumulation_dtype, without_autocast
@@ -52,12 +52,11 @@ def masked_softmax(q: Tensor, k: Tensor, v: Tensor, threshold: float, *, scale: 
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     accumulation = accumulation_dtype(v.dtype)
     with without_autocast(v):
-        # Batch and heads are one axis of independent problems.
-        q_GNK, k_GNK, v_GNK = (x.to(accumulation).flatten(0, -3) for x in (q, k, v))
-        out, kept_mass, kept_fraction = _MaskedSoftmaxFunction.apply(  # type: ignore[no-untyped-call]
-            q_GNK, k_GNK, v_GNK, threshold, scale
-        )
-    return MaskedSoftmax(out.reshape(v.shape).to(v.dtype), kept_mass.reshape(v.shape[:-1]), kept_fraction)
+        # A tensor, because torch.compile makes a graph for every value of a number; it moves with every iteration.
+        limit = torch.full((), threshold, dtype=torch.float64)
+        out, kept_mass, count = _forward(q.to(accumulation), k.to(accumulation), v.to(accumulation), limit, scale)
+        kept_fraction = (count.double() / max(kept_mass.numel() * k.shape[-2], 1)).float()
+    return MaskedSoftmax(out.to(v.dtype), kept_mass, kept_fraction)
 
 
 def masked_softmax_attention(
@@ -68,63 +67,92 @@ def masked_softmax_attention(
     return result.out, result.kept_fraction
 
 
-class _MaskedSoftmaxFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, threshold: float, scale: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        out = torch.zeros_like(v)
-        kept_mass = v.new_zeros(v.shape[:-1])
-        kept_counts = [torch.zeros((), dtype=torch.long, device=v.device)]
-        # No probability is above 1, though a computed one may round to a little more: 1 keeps nothing.
-        blocks = _blocks(q) if threshold < 1 else []
-        for head, rows in blocks:
-            sparse_GMN = F.threshold(_probabilities(q[head, rows] * scale, k[head]), threshold, 0.0, inplace=True)
-            kept_counts.append(sparse_GMN.count_nonzero())
-            kept_mass[head, rows] = sparse_GMN.sum(dim=-1)
-            out[head, rows] = sparse_GMN @ v[head]
-        counts = torch.stack(kept_counts)
-        entries = q[..., 0].numel() * k.shape[-2]
-        kept_fraction = (counts.sum().double() / max(entries, 1)).float()
-        ctx.save_for_backward(q, k, v, out, kept_mass, counts)
-        ctx.blocks, ctx.threshold, ctx.scale = blocks, threshold, scale
-        ctx.mark_non_differentiable(kept_fraction)
-        return out, kept_mass, kept_fraction
-
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, grad_out: Tensor, grad_mass: Tensor, _: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        q, k, v, out, kept_mass, counts = ctx.saved_tensors
-        grad_q, grad_k, grad_v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        # sum_j p_ij dL/dp_ij of softmax's backward without the N products: the kept p_ij sum up to the outputs.
-        row_sums = (grad_out * out).sum(dim=-1) + grad_mass * kept_mass
-        for (head, rows), count in zip(ctx.blocks, counts[1:].tolist(), strict=True):
-            if count == 0:
-                continue
-            scaled_q_GMK, grad_GMK = q[head, rows] * ctx.scale, grad_out[head, rows]
-            p_GMN = _probabilities(scaled_q_GMK, k[head])
-            sparse_GMN = F.threshold(p_GMN, ctx.threshold, 0.0)
-            grad_v[head] += sparse_GMN.transpose(-2, -1) @ grad_GMK
-            grad_s_GMN = torch.baddbmm(grad_mass[head, rows].unsqueeze(-1), grad_GMK, v[head].transpose(-2, -1))
-            # A row's p reaches every logit of the row, kept or not, through the denominator.
-            grad_s_GMN.mul_(sparse_GMN).addcmul_(p_GMN, row_sums[head, rows].unsqueeze(-1), value=-1)
-            grad_q[head, rows] = grad_s_GMN @ k[head] * ctx.scale
-            grad_k[head] += grad_s_GMN.transpose(-2, -1) @ scaled_q_GMK
-        return grad_q, grad_k, grad_v, None, None
+# Operators of torch's library, so that torch.compile and torch.export take each as one node.
+@torch.library.custom_op("castling_det::masked_softmax", mutates_args=())
+def _forward(q: Tensor, k: Tensor, v: Tensor, threshold: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Output (B, H, N, K), strided as v, kept mass (B, H, N) and the number of kept entries, 0-d int64."""
+    out = torch.zeros_like(v)
+    kept_mass = v.new_zeros(v.shape[:-1])
+    count = torch.zeros((), dtype=torch.long, device=v.device)
+    # No probability is above 1, though a computed one may round to a little more: 1 keeps nothing.
+    limit = float(threshold)
+    for heads, rows in _blocks(q) if limit < 1 else ():
+        sparse_GMN = F.threshold(_probabilities(q[rows] * scale, k[heads]), limit, 0.0, inplace=True)
+        count += sparse_GMN.count_nonzero()
+        kept_mass[rows] = sparse_GMN.sum(dim=-1)
+        out[rows] = sparse_GMN @ v[heads]
+    return out, kept_mass, count
 
 
-def _blocks(q_GNK: Tensor) -> list[tuple[slice, slice]]:
-    """Slices of heads and of queries that hold at most `_BLOCK_ELEMENTS` probabilities, or one row."""
-    groups, tokens, _ = q_GNK.shape
+@torch.library.custom_op("castling_det::masked_softmax_backward", mutates_args=())
+def _backward(
+    grad_out: Tensor,
+    grad_mass: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    kept_mass: Tensor,
+    threshold: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v; the probabilities are computed again."""
+    grad_q, grad_k, grad_v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    # sum_j p_ij dL/dp_ij of softmax's backward without the N products: the kept p_ij sum up to the outputs.
+    row_sums = (grad_out * out).sum(dim=-1) + grad_mass * kept_mass
+    limit = float(threshold)
+    for heads, rows in _blocks(q) if limit < 1 else ():
+        if not kept_mass[rows].any():
+            continue
+        scaled_q_GMK, grad_GMK = q[rows] * scale, grad_out[rows]
+        p_GMN = _probabilities(scaled_q_GMK, k[heads])
+        sparse_GMN = F.threshold(p_GMN, limit, 0.0)
+        grad_v[heads] += sparse_GMN.transpose(-2, -1) @ grad_GMK
+        grad_s_GMN = torch.baddbmm(grad_mass[rows].unsqueeze(-1), grad_GMK, v[heads].transpose(-2, -1))
+        # A row's p reaches every logit of the row, kept or not, through the denominator.
+        grad_s_GMN.mul_(sparse_GMN).addcmul_(p_GMN, row_sums[rows].unsqueeze(-1), value=-1)
+        grad_q[rows] = grad_s_GMN @ k[heads] * scale
+        grad_k[heads] += grad_s_GMN.transpose(-2, -1) @ scaled_q_GMK
+    return grad_q, grad_k, grad_v
+
+
+@_forward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, threshold: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(v), v.new_empty(v.shape[:-1]), v.new_empty((), dtype=torch.long)
+
+
+@_backward.register_fake
+def _(grad_out: Tensor, grad_mass: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    q, k, v, threshold, ctx.scale = inputs
+    out, kept_mass, count = output
+    ctx.save_for_backward(q, k, v, out, kept_mass, threshold)
+    ctx.mark_non_differentiable(count)
+
+
+def _gradients(ctx: Any, grad_out: Tensor, grad_mass: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    gradients: tuple[Tensor, Tensor, Tensor] = _backward(
+        grad_out, grad_mass, *ctx.saved_tensors, ctx.scale
+    )
+    return *gradients, None, None
+
+
+_forward.register_autograd(_gradients, setup_context=_save_for_backward)
+
+
+def _blocks(q_BHNK: Tensor) -> Iterator[tuple[tuple[int, slice], tuple[int, slice, slice]]]:
+    """Indices of heads, and of queries in them, that hold at most `_BLOCK_ELEMENTS` probabilities, or one row."""
+    batch, num_heads, tokens, _ = q_BHNK.shape
     rows = min(tokens, max(1, _BLOCK_ELEMENTS // max(1, tokens)))
     heads = max(1, _BLOCK_ELEMENTS // max(1, rows * tokens))
-    return [
-        (slice(head, min(head + heads, groups)), slice(row, min(row + rows, tokens)))
-        for head in range(0, groups, heads)
-        for row in range(0, tokens, rows)
-    ]
+    for image in range(batch):
+        for head in range(0, num_heads, heads):
+            for row in range(0, tokens, rows):
+                group = slice(head, min(head + heads, num_heads))
+                yield (image, group), (image, group, slice(row, min(row + rows, tokens)))
 
 
 def _probabilities(scaled_q_GMK: Tensor, k_GNK: Tensor) -> Tensor:
