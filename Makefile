@@ -13,8 +13,9 @@ demo: $(READY) data
 study: $(READY) data
 	$(BIN)/python tools/demo.py --work-dir work_dirs/study --seeds 0 1 2
 
+# Two workers of one thread each: faster than one of two, and a busy machine slows it less.
 test: lint data
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .
