@@ -97,5 +97,5 @@ def test_the_comparison_is_a_chain_of_public_commands(tmp_path):
     assert len({step.stamp for step in steps}) == 13
     train, convert, report = steps[1], steps[2], steps[-1]
     assert "randomness.seed=0" in train.command and train.command[1].endswith("mmdet/.mim/tools/train.py")
-    assert str(tmp_path / "w" / "seed0" / "castling" / "iter_1200.pth") in convert.command
+    assert str(tmp_path / "w" / "seed0" / "castling" / "iter_2400.pth") in convert.command
     assert sum(part == "--run" for part in report.command) == 6

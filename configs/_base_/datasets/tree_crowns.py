@@ -1,8 +1,10 @@
-# Aerial images with hand-drawn tree crowns, prepared by tools/prepare_tree_crowns.py: tiles of 256 pixels.
+# Aerial images with hand-drawn tree crowns, prepared by tools/prepare_tree_crowns.py: tiles of 256 pixels, seen at 192.
+# At three quarters of its size an image shows more trees in the same time, and each in its surroundings: trained for
+# minutes from scratch, that is worth more than detail.
 dataset_type = "castling_det.CheckedCocoDataset"
 data_root = "data/tree_crowns/"
 metainfo = dict(classes=("tree",), palette=[(46, 160, 67)])
-image_size = (256, 256)
+image_size = (192, 192)
 
 # Haze and exposure differ between the training image and the held-out one: equalised histograms bring them together.
 train_pipeline = [
@@ -10,11 +12,9 @@ train_pipeline = [
     dict(type="LoadAnnotations", with_bbox=True),
     dict(type="Equalize", prob=1.0),
     dict(type="RandomFlip", prob=[0.25, 0.25, 0.25], direction=["horizontal", "vertical", "diagonal"]),
-    # Quarter turns: crowns have no side that is up, and the shadows of another hour fall another way.
-    dict(type="Rotate", prob=0.5, level=10, min_mag=0.0, max_mag=90.0),
     dict(type="RandomResize", scale=image_size, ratio_range=(0.8, 1.2), keep_ratio=True),
     dict(type="RandomCrop", crop_size=image_size, allow_negative_crop=True),
-    dict(type="FilterAnnotations", min_gt_bbox_wh=(12, 12), keep_empty=False),
+    dict(type="FilterAnnotations", min_gt_bbox_wh=(9, 9), keep_empty=False),
     dict(type="PhotoMetricDistortion"),
     dict(type="Pad", size=image_size, pad_val=dict(img=(114, 114, 114))),
     dict(type="PackDetInputs"),
