@@ -19,6 +19,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--data-root", type=Path, default=Path("data/tree_crowns"), help="where the data was prepared")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one pair of trainings for each (default: 0)")
     parser.add_argument("--max-iters", type=int, help="iterations of each training, instead of the config's")
+    parser.add_argument("--jobs", type=int, default=2, help="commands that run at once, sharing the cores (default: 2)")
     return parser.parse_args()
 
 
@@ -45,7 +46,7 @@ def main() -> int:
         seeds=args.seeds,
     )
     try:
-        run_steps(comparison_steps(plan))
+        run_steps(comparison_steps(plan), jobs=args.jobs)
     except StepFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

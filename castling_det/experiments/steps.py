@@ -13,9 +13,9 @@ import shlex
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -24,7 +24,6 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
-    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -86,12 +85,21 @@ def mmdet_tool(name: str) -> str:
     return str(path)
 
 
-def run_steps(steps: Sequence[Step], console: Console | None = None) -> None:
-    """Runs what is not done yet, in order, with a progress bar.
+def run_steps(steps: Sequence[Step], console: Console | None = None, *, jobs: int = 1) -> None:
+    """Runs what is not done yet, with progress bars; a step waits for those whose stamps are among its inputs.
+
+    Args:
+        steps: in an order in which each stands behind those that it waits for.
+        console: where to report; None is the terminal.
+        jobs: steps that run at once, at least 1. Each gets its share of the machine's cores as `OMP_NUM_THREADS`,
+            unless the environment has set that.
 
     Raises:
-        StepFailed: a command failed; its last lines are printed, and the next call starts at this step.
+        StepFailed: a command failed; its last lines are in the message, what ran beside it is stopped, and the next
+            call starts where this one ended.
     """
+    if jobs < 1:
+        raise ValueError(f"jobs={jobs}: expected at least 1")
     console = console or Console(highlight=False)
     columns = (
         TextColumn("{task.description}"),
@@ -100,53 +108,111 @@ def run_steps(steps: Sequence[Step], console: Console | None = None) -> None:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    for number, step in enumerate(steps, start=1):
-        label = f"[{number}/{len(steps)}] {step.name}"
-        key = step.key()
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    if jobs > 1:
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+    with Progress(*columns, console=console, transient=True) as progress, ThreadPoolExecutor(jobs) as pool:
+        _Schedule(steps, jobs, progress, pool, environment).run()
+
+
+@dataclass(frozen=True)
+class _Running:
+    """A step whose command runs."""
+
+    step: Step
+    key: str
+    process: subprocess.Popen[str]
+    since: float
+    """`time.monotonic()` at its start."""
+
+
+class _Schedule:
+    """The steps of one call of `run_steps`, on their way."""
+
+    def __init__(
+        self,
+        steps: Sequence[Step],
+        jobs: int,
+        progress: Progress,
+        pool: ThreadPoolExecutor,
+        environment: Mapping[str, str],
+    ) -> None:
+        self.labels = {step: f"[{number}/{len(steps)}] {step.name}" for number, step in enumerate(steps, start=1)}
+        self.waiting = list(steps)
+        self.jobs = jobs
+        self.progress = progress
+        self.pool = pool
+        self.environment = environment
+        self.running: dict[Future[int], _Running] = {}
+
+    def run(self) -> None:
+        try:
+            while self.waiting or self.running:
+                self._start_what_can()
+                finished, _ = wait(self.running, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    self._finish(self.running.pop(future), future.result())
+        finally:
+            for left in self.running.values():
+                left.process.terminate()
+
+    def _start_what_can(self) -> None:
+        """Starts steps, in order, until all places are taken or all others wait for one that runs."""
+        for step in list(self.waiting):
+            if len(self.running) == self.jobs:
+                return
+            unfinished = {other.stamp for other in self.waiting if other is not step}
+            unfinished |= {running.step.stamp for running in self.running.values()}
+            if not unfinished & set(step.inputs):
+                self.waiting.remove(step)
+                self._start(step)
+
+    def _start(self, step: Step) -> None:
+        key, label = step.key(), self.labels[step]
         done_with = _done_with(step)
         if done_with == key:
-            console.print(f"{label}: done before", markup=False)
-            continue
+            self._say(f"{label}: done before")
+            return
         if not step.keep_partial or done_with is not None or _partial_key(step) not in (None, key):
             # Made from something else, or by a command that cannot go on from a part.
             _clear(step)
         step.folder.mkdir(parents=True, exist_ok=True)
         write_json(step.stamp.with_suffix(".started.json"), {"key": key, "command": list(step.command)})
-        console.print(f"{label}\n    {shlex.join(step.command)}", markup=False, soft_wrap=True)
-        start = time.monotonic()
-        with Progress(*columns, console=console, transient=True) as progress:
-            task = progress.add_task(step.name, total=None)
-            code = _run(step, partial(_advance, progress, task))
-        seconds = time.monotonic() - start
-        if code != 0:
-            tail = "\n".join(step.log.read_text(errors="replace").splitlines()[-_LOG_LINES_SHOWN:])
-            raise StepFailed(f"{step.name}: exit code {code} after {seconds:.0f} s; whole log in {step.log}\n{tail}")
-        write_json(step.stamp, {"key": key, "command": list(step.command), "seconds": round(seconds, 1)})
-        console.print(f"    {seconds:.0f} s", markup=False)
-
-
-def _advance(progress: Progress, task: TaskID, done: int, total: int) -> None:
-    progress.update(task, completed=done, total=total)
-
-
-def _run(step: Step, advance: Callable[[int, int], None]) -> int:
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    with step.log.open("a", encoding="utf-8") as log:
+        self._say(f"{label}\n    {shlex.join(step.command)}")
         process = subprocess.Popen(
-            step.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment
+            step.command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            env=self.environment,
         )
-        assert process.stdout is not None
-        try:
-            for line in process.stdout:
+        running = _Running(step, key, process, time.monotonic())
+        self.running[self.pool.submit(self._follow, running)] = running
+
+    def _follow(self, running: _Running) -> int:
+        """Copies what the step prints into its log until it ends; returns the exit code."""
+        task = self.progress.add_task(running.step.name, total=None)
+        assert running.process.stdout is not None
+        with running.step.log.open("a", encoding="utf-8") as log, running.process as process:
+            for line in running.process.stdout:
                 log.write(line)
                 log.flush()
                 if found := _ITERATION.search(line):
-                    advance(int(found[3]), int(found[4]))
-        except BaseException:
-            process.terminate()
-            process.wait()
-            raise
-        return process.wait()
+                    self.progress.update(task, completed=int(found[3]), total=int(found[4]))
+        self.progress.remove_task(task)
+        return process.returncode
+
+    def _finish(self, running: _Running, code: int) -> None:
+        step, seconds = running.step, time.monotonic() - running.since
+        if code != 0:
+            tail = "\n".join(step.log.read_text(errors="replace").splitlines()[-_LOG_LINES_SHOWN:])
+            raise StepFailed(f"{step.name}: exit code {code} after {seconds:.0f} s; whole log in {step.log}\n{tail}")
+        write_json(step.stamp, {"key": running.key, "command": list(step.command), "seconds": round(seconds, 1)})
+        self._say(f"{self.labels[step]}: {seconds:.0f} s")
+
+    def _say(self, text: str) -> None:
+        self.progress.console.print(text, markup=False, soft_wrap=True)
 
 
 def _done_with(step: Step) -> str | None:

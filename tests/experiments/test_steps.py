@@ -17,9 +17,9 @@ def python_step(folder, code, **options):
     return Step("a step", (sys.executable, "-c", code, str(folder)), folder, **options)
 
 
-def run(steps):
+def run(steps, **options):
     out = io.StringIO()
-    run_steps(steps, Console(file=out, width=200))
+    run_steps(steps, Console(file=out, width=200), **options)
     return out.getvalue()
 
 
@@ -63,6 +63,57 @@ def test_a_folder_that_is_not_ours_is_not_removed(tmp_path):
     (folder / "precious").touch()
     run([python_step(folder, APPEND)])
     assert (folder / "precious").exists()
+
+
+MEET = """
+import pathlib, sys, time
+here, there = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])
+(here / "here").touch()
+end = time.monotonic() + 60
+while not (there / "here").exists():
+    assert time.monotonic() < end, "nobody came"
+    time.sleep(0.01)
+"""
+
+
+def meeting(folder, other, **options):
+    return Step(folder.name, (sys.executable, "-c", MEET, str(folder), str(other)), folder, **options)
+
+
+def test_independent_steps_run_side_by_side(tmp_path):
+    a, b = tmp_path / "a", tmp_path / "b"
+    steps = [meeting(a, b), meeting(b, a)]
+    after = python_step(tmp_path / "c", APPEND, inputs=tuple(step.stamp for step in steps))
+    run([*steps, after], jobs=2)
+    assert all(step.stamp.exists() for step in (*steps, after))
+
+
+def test_a_step_waits_for_the_one_whose_stamp_it_reads(tmp_path):
+    slow = python_step(tmp_path / "a", "import time; time.sleep(0.5); " + APPEND)
+    code = f"assert open({str(slow.folder / 'out')!r}).read() == 'x'; " + APPEND
+    run([slow, python_step(tmp_path / "b", code, inputs=(slow.stamp,))], jobs=2)
+
+
+def test_a_failure_stops_what_runs_beside_it(tmp_path):
+    flag = tmp_path / "a" / "here"
+    sleeper = python_step(tmp_path / "a", f"import time; open({str(flag)!r}, 'w'); time.sleep(600)")
+    code = f"import os, time\nwhile not os.path.exists({str(flag)!r}): time.sleep(0.01)\nraise SystemExit(3)"
+    with pytest.raises(StepFailed, match="exit code 3"):
+        run([sleeper, replace(python_step(tmp_path / "b", code), name="b")], jobs=2)
+    assert not sleeper.stamp.exists()
+
+
+def test_steps_share_the_cores(tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    code = "import os, sys; open(sys.argv[1] + '/threads', 'w').write(os.environ['OMP_NUM_THREADS'])"
+    run([python_step(tmp_path / "s", code)], jobs=3)
+    assert (tmp_path / "s" / "threads").read_text() == "2"
+
+
+def test_no_jobs_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="jobs=0"):
+        run([], jobs=0)
 
 
 def test_progress_lines_of_mmengine_are_read():
