@@ -12,8 +12,8 @@ from castling_det.analysis.record import Machine
 __all__ = ["benchmark_markdown"]
 
 METHOD = (
-    "ms: wall time of one call, p50 (p20-p80), over rounds of one call of each variant in shuffled order, after all "
-    "were warmed; float32 without TF32. x softmax: how many times faster than torch's fused "
+    "ms: wall time of one call, p50 (p20-p80), over rounds in which each variant, in shuffled order, is called twice "
+    "in a row and the second call is timed; float32 without TF32. x softmax: how many times faster than torch's fused "
     "scaled_dot_product_attention without any local convolution. MiB: peak memory beyond what stood before the call, "
     "from a call of its own that is not timed, and that over softmax's. Parity: errors against float64, relative to "
     "the RMS of the reference; no ratio is given where it is red."

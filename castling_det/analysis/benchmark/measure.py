@@ -11,7 +11,19 @@ from torch.profiler import ProfilerActivity, profile
 
 from castling_det.analysis.benchmark.record import Timing
 
-__all__ = ["call_seconds", "peak_memory", "timing_of"]
+__all__ = ["call_seconds", "peak_memory", "settle_allocator", "timing_of"]
+
+_SETTLING_BYTES = 31 << 20
+"""Just under the largest block from which glibc's malloc learns."""
+
+
+def settle_allocator() -> None:
+    """Brings malloc into the state in which a network's larger tensors leave it.
+
+    glibc hands freed memory back to the system at once, and every page of it is faulted in again, until it has seen
+    one large block freed. A core measured alone would pay for that; inside a detector it does not.
+    """
+    torch.empty(_SETTLING_BYTES, dtype=torch.uint8)
 
 
 def call_seconds(call: Callable[[], object], device: str) -> float:

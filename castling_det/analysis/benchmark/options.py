@@ -57,7 +57,7 @@ class BenchmarkOptions:
         passes: of `PASSES`. dtypes: of `DTYPES`.
         batch: maps or images in one call.
         device: `"cpu"` or `"cuda"`.
-        repeats: timed rounds of a case; in each round every variant is called once.
+        repeats: timed rounds of a case; in each, every variant is called twice in a row, and the second call is timed.
         warmup: rounds before them that are not timed.
         max_seconds: no round of a case begins later than this after its first.
         embed_dims: channels of core, block and backbone. num_heads: their heads. depth: blocks of the backbone.
