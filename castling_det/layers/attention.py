@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from castling_det.layers.local_conv import LocalConv
-from castling_det.ops import NORMALIZERS, MaskedSoftmax, linear_angular_tokens, masked_softmax, packed_norms
+from castling_det.ops import NORMALIZERS, MaskedSoftmax, linear_angular_packed, masked_softmax
 
 __all__ = ["ATTENTION_MODES", "THRESHOLD_UNITS", "CastlingAttention", "MaskStats"]
 
@@ -132,21 +133,18 @@ class CastlingAttention(nn.Module):
         """
         qkv_BN3HK = qkv.unflatten(-1, (3, self.num_heads, self.dim // self.num_heads))
         q_BNHK, k_BNHK, v_BNHK = qkv_BN3HK.unbind(2)
-        local = None if self.dconv is None else self.dconv(v_BNHK.flatten(-2), hw).unflatten(-1, v_BNHK.shape[-2:])
+        local = None if self.dconv is None else partial(self._local, hw=hw)
         if self.mode != "softmax":
             aux = self._masked_softmax_branch(q_BNHK, k_BNHK, v_BNHK)
-            return linear_angular_tokens(
-                q_BNHK,
-                k_BNHK,
-                v_BNHK,
-                normalizer=self.normalizer,
-                aux=aux,
-                norms=packed_norms(qkv_BN3HK),
-                residual=local,
-            ).flatten(-2)
+            return linear_angular_packed(qkv_BN3HK, normalizer=self.normalizer, aux=aux, local=local).flatten(-2)
         y_BHNK = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q_BNHK, k_BNHK, v_BNHK)))
-        y = y_BHNK.transpose(1, 2).flatten(-2)
-        return y if local is None else y + local.flatten(-2)
+        y: Tensor = y_BHNK.transpose(1, 2).flatten(-2)
+        return y if local is None else y + local(v_BNHK).flatten(-2)
+
+    def _local(self, v_BNHK: Tensor, hw: tuple[int, int]) -> Tensor:
+        assert self.dconv is not None
+        y_BNHK: Tensor = self.dconv(v_BNHK.flatten(-2), hw).unflatten(-1, v_BNHK.shape[-2:])
+        return y_BNHK
 
     def absolute_threshold(self, num_tokens: int) -> float:
         """The threshold as a probability for a sequence of `num_tokens`."""

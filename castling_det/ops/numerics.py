@@ -7,10 +7,10 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-__all__ = ["EPS", "accumulation_dtype", "inverse_of", "packed_norms", "vector_norm", "without_autocast"]
+__all__ = ["EPS", "accumulation_dtype", "length_of", "vector_norm", "without_autocast"]
 
 EPS = 1e-12
-"""A vector no longer than this has no direction: its normalised form and its gradient are zero."""
+"""A vector no longer than this has no direction: it is not stretched to length 1 but stays, in effect, zero."""
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -29,22 +29,9 @@ def vector_norm(x: Tensor) -> Tensor:
     return norm
 
 
-def packed_norms(qkv_BN3HK: Tensor) -> tuple[Tensor, Tensor]:
-    """Norms of queries and keys, (B, N, H, 1) each in the accumulation dtype, from the packed (B, N, 3, H, K).
+def length_of(norm: Tensor, eps: Tensor | float = EPS) -> Tensor:
+    """What a vector of this norm is divided by: the norm, and 1 where norm <= eps.
 
-    One pass over contiguous memory: over a slice of it, torch's reduction takes five times as long on a CPU.
+    So an all-zero token (padding, a dead row) stays zero and its gradient passes unscaled: neither NaN nor 1e12.
     """
-    norms = torch.linalg.vector_norm(qkv_BN3HK, dim=-1, keepdim=True, dtype=accumulation_dtype(qkv_BN3HK.dtype))
-    q_norm, k_norm, _ = norms.unbind(2)
-    return q_norm, k_norm
-
-
-def inverse_of(norm: Tensor) -> Tensor:
-    """1 / norm, and 0 where norm <= EPS.
-
-    Zero, not 1 / EPS, so that an all-zero token (padding, a dead row) gives neither NaN nor a gradient of 1e12.
-    """
-    has_direction = norm > EPS
-    # The inner where keeps the reciprocal's gradient finite on the rows that the outer one discards.
-    inverse = torch.where(has_direction, norm, 1.0).reciprocal()
-    return torch.where(has_direction, inverse, 0.0)
+    return torch.where(norm > eps, norm, 1.0)

@@ -7,7 +7,14 @@ import math
 import pytest
 import torch
 
-from castling_det.ops import NORMALIZERS, linear_angular_attention, masked_softmax, naive
+from castling_det.ops import (
+    NORMALIZERS,
+    MaskedSoftmax,
+    linear_angular_attention,
+    linear_angular_packed,
+    masked_softmax,
+    naive,
+)
 from tests.compare import assert_parity, errors
 from tests.oracles.published import published_attention
 
@@ -137,9 +144,97 @@ def test_accumulates_in_float32_under_autocast():
     assert torch.equal(actual, expected)
 
 
+THRESHOLD = 1.2
+"""Of a uniform row: some probabilities of random tokens are above it, some below."""
+
+
+def packed_by_twin(qkv, *, normalizer, hybrid, local):
+    q, k, v = (x.transpose(1, 2).double() for x in qkv.unbind(2))
+    aux = naive.masked_softmax(q, k, v, THRESHOLD / q.shape[2]) if hybrid else None
+    out = naive.linear_angular_attention(q, k, v, normalizer=normalizer, aux=aux)
+    if local is not None:
+        out = out + local(v.transpose(1, 2)).transpose(1, 2)
+    return out.transpose(1, 2)
+
+
+def packed(qkv, *, normalizer, hybrid, local):
+    q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
+    aux = masked_softmax(q, k, v, THRESHOLD / q.shape[2]) if hybrid else None
+    return linear_angular_packed(qkv, normalizer=normalizer, aux=aux, local=local)
+
+
+def packed_qkv(tokens, **options):
+    return torch.stack(random_qkv(tokens, **options), dim=3).permute(0, 2, 3, 1, 4).detach().clone().requires_grad_()
+
+
+@pytest.mark.parametrize("local", [None, lambda v: v.roll(1, dims=1) * 0.7], ids=["alone", "local"])
+@pytest.mark.parametrize("hybrid", [False, True], ids=["linear", "hybrid"])
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize("tokens", [1, 7, 63])
+def test_packed_equals_naive_twin(tokens, dtype, normalizer, hybrid, local):
+    options = dict(normalizer=normalizer, hybrid=hybrid, local=local)
+    qkv = packed_qkv(tokens, dtype=dtype)
+    exact = qkv.detach().double().requires_grad_()
+    fast = value_and_gradients(lambda x: packed(x, **options), [qkv])
+    slow = value_and_gradients(lambda x: packed_by_twin(x, **options), [exact])
+    with torch.no_grad():
+        deployed = packed(qkv, **options)
+    assert deployed.dtype == fast[0].dtype == dtype
+    rms, maximum = BOUNDS[dtype]
+    assert_parity(deployed, slow[0], rms=rms, maximum=maximum, what="out without gradients")
+    names = ("out", "dqkv") if dtype != torch.bfloat16 else ("out",)
+    for what, actual, expected in zip(names, fast, slow, strict=False):
+        assert_parity(actual, expected, rms=10 * rms, maximum=10 * maximum, what=what)
+
+
+@pytest.mark.parametrize("hybrid", [False, True], ids=["linear", "hybrid"])
+def test_gradient_by_hand_in_half_precision_is_accumulated_in_float32(hybrid):
+    """It equals the gradient in float32 of the same bfloat16 inputs, but for the one rounding of its result."""
+    qkv = packed_qkv(49, dtype=torch.bfloat16)
+    options = dict(normalizer="l2", hybrid=hybrid, local=None)
+    weight = torch.linspace(-1, 1, 49 * 2 * 24).reshape(2, 49, 3, 8).bfloat16()
+    (actual,) = torch.autograd.grad((packed(qkv, **options) * weight).sum(), qkv)
+    exact = qkv.detach().double().requires_grad_()
+    (expected,) = torch.autograd.grad((packed_by_twin(exact, **options) * weight.double()).sum(), exact)
+    assert_parity(actual, expected, rms=4e-3, maximum=6e-2)
+
+
+def test_gradient_by_hand_passes_gradcheck():
+    qkv = packed_qkv(5, batch=1, heads=2, channels=3)
+    aux = torch.randn(1, 2, 5, 3, dtype=torch.float64, requires_grad=True)
+
+    def function(qkv, aux):
+        branch = MaskedSoftmax(aux, aux[..., 0], aux.sum())
+        return linear_angular_packed(qkv, aux=branch, local=torch.sin)
+
+    assert torch.autograd.gradcheck(function, (qkv, aux))
+
+
+def test_gradient_by_hand_of_zero_tokens():
+    qkv = packed_qkv(12, dtype=torch.float32)
+    with torch.no_grad():
+        qkv[:, 8:] = 0
+        qkv[:, 0, 0] = 0
+        qkv[:, 1, 1] = 0
+    out = linear_angular_packed(qkv)
+    out.sum().backward()
+    assert out.isfinite().all() and (out[:, 8:] == 0).all()
+    assert qkv.grad.isfinite().all() and qkv.grad.abs().max() < 1e3
+
+
+def test_gradient_by_hand_is_the_one_of_the_formula_under_a_tracer():
+    qkv = packed_qkv(9, dtype=torch.float32)
+    traced = torch.jit.trace(lambda x: linear_angular_packed(x, local=torch.sin), qkv, check_trace=False)
+    assert "PythonOp" not in str(traced.graph)
+    torch.testing.assert_close(traced(qkv), linear_angular_packed(qkv, local=torch.sin))
+
+
 def test_errors_name_the_field():
     q, k, v = random_qkv(4)
     with pytest.raises(ValueError, match=r"normalizer='l1': expected one of 'l2', 'kernel'"):
         linear_angular_attention(q, k, v, normalizer="l1")
+    with pytest.raises(ValueError, match=r"normalizer='l1': expected one of 'l2', 'kernel'"):
+        linear_angular_packed(packed_qkv(4), normalizer="l1")
     with pytest.raises(ValueError, match="one common shape"):
         linear_angular_attention(q, k[:, :, :2], v)
