@@ -45,8 +45,8 @@ def test_backbone_for_another_detector(tmp_path):
     assert model.neck.out_strides == strides
 
 
-def test_the_table_is_up_to_date(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["update_readme.py", "--check"])
+def test_the_tables_are_up_to_date(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["update_tables.py", "--check"])
     with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(ROOT / "tools" / "update_readme.py"), run_name="__main__")
-    assert stop.value.code == 0, "run python tools/update_readme.py"
+        runpy.run_path(str(ROOT / "tools" / "update_tables.py"), run_name="__main__")
+    assert stop.value.code == 0, "run python tools/update_tables.py"

@@ -1,16 +1,51 @@
-"""Frozen dataclasses to JSON values and back, without loss and without guessing."""
+"""Frozen dataclasses to JSON values and files and back, without loss and without guessing."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import os
 import types
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-__all__ = ["from_jsonable", "to_jsonable"]
+from castling_det.files import write_json
+
+__all__ = ["from_jsonable", "read_document", "to_jsonable", "write_document"]
 
 RecordT = TypeVar("RecordT")
+
+
+def write_document(path: str | os.PathLike[str], value: Any, *, schema: str, field: str) -> None:
+    """Writes the dataclass `value` as `{"schema": schema, field: ...}`, which `read_document` takes back."""
+    write_json(path, {"schema": schema, field: to_jsonable(value, where=field)})
+
+
+def read_document(
+    path: str | os.PathLike[str], record_type: type[RecordT], *, schema: str, field: str, fix: str
+) -> RecordT:
+    """Reads what `write_document` wrote.
+
+    Args:
+        path: the file.
+        record_type: the dataclass.
+        schema: name and version that the file must have.
+        field: as given to `write_document`.
+        fix: what to do about another file, for the errors.
+
+    Raises:
+        ValueError: not readable JSON, of another schema or version, or a field that does not fit.
+    """
+    try:
+        document = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not a readable JSON file ({error}); {fix}") from error
+    found = document.get("schema") if isinstance(document, dict) else None
+    if found != schema:
+        raise ValueError(f"{path}: schema={found!r}: expected {schema!r}; {fix}")
+    return from_jsonable(record_type, document.get(field), where=field)
 
 
 def to_jsonable(value: Any, *, where: str = "record") -> Any:

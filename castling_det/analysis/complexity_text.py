@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
-from castling_det.analysis.codec import from_jsonable, to_jsonable
+from castling_det.analysis.codec import read_document, write_document
 from castling_det.analysis.complexity import SCHEMA, Complexity
-from castling_det.files import write_json
 
 __all__ = ["complexity_table", "read_complexity", "write_complexity"]
 
@@ -41,7 +38,7 @@ def complexity_table(complexity: Complexity, *, by_module: bool = False) -> str:
 
 def write_complexity(path: str | os.PathLike[str], complexity: Complexity) -> None:
     """Writes the record as JSON."""
-    write_json(path, {"schema": SCHEMA, "complexity": to_jsonable(complexity, where="complexity")})
+    write_document(path, complexity, schema=SCHEMA, field="complexity")
 
 
 def read_complexity(path: str | os.PathLike[str]) -> Complexity:
@@ -51,13 +48,7 @@ def read_complexity(path: str | os.PathLike[str]) -> Complexity:
         ValueError: not such a file; names it and the fix.
     """
     fix = "make it again with tools/complexity.py CONFIG --shape H W --json OUT"
-    try:
-        document = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: not a readable JSON file ({error}); {fix}") from error
-    if not isinstance(document, dict) or document.get("schema") != SCHEMA:
-        raise ValueError(f"{path}: expected schema {SCHEMA!r}; {fix}")
-    return from_jsonable(Complexity, document.get("complexity"), where="complexity")
+    return read_document(path, Complexity, schema=SCHEMA, field="complexity", fix=fix)
 
 
 def _macs(macs: int, total: int) -> tuple[str, str]:

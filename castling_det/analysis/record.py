@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from castling_det.analysis.codec import from_jsonable, to_jsonable
-from castling_det.files import write_json
+from castling_det.analysis.codec import read_document, write_document
 
 __all__ = [
     "METRICS",
@@ -229,7 +226,7 @@ def unique(names: Iterable[str]) -> tuple[str, ...]:
 
 def write_report_json(path: str | os.PathLike[str], report: Report) -> None:
     """Writes the record, from which `read_report` gives an equal one."""
-    write_json(path, {"schema": SCHEMA, "report": to_jsonable(report, where="report")})
+    write_document(path, report, schema=SCHEMA, field="report")
 
 
 def read_report(path: str | os.PathLike[str]) -> Report:
@@ -238,11 +235,5 @@ def read_report(path: str | os.PathLike[str]) -> Report:
     Raises:
         ValueError: not JSON, of another schema or version, or a field that does not fit.
     """
-    try:
-        document = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not a JSON file ({error}); make the report again with tools/report.py") from error
-    schema = document.get("schema") if isinstance(document, dict) else None
-    if schema != SCHEMA:
-        raise ValueError(f"{path}: schema={schema!r}: expected {SCHEMA!r}; make the report again with tools/report.py")
-    return from_jsonable(Report, document.get("report"), where="report")
+    fix = "make the report again with tools/report.py"
+    return read_document(path, Report, schema=SCHEMA, field="report", fix=fix)

@@ -21,6 +21,7 @@ from castling_det.analysis.benchmark import (
     BenchmarkRow,
     Timing,
     benchmark_markdown,
+    goals_markdown,
     parse_size,
     read_benchmark,
     run_benchmark,
@@ -371,3 +372,29 @@ def test_a_file_that_is_no_benchmark_is_named(command: Command, tmp_path: Path) 
 def test_sizes() -> None:
     assert parse_size("--sizes", "16") == (16, 16)
     assert parse_size("--sizes", "16x24") == (16, 24)
+
+
+def goal_line(case: str, *reports: BenchmarkReport) -> str:
+    (line,) = [line for line in goals_markdown(reports).splitlines() if case in line]
+    return " ".join(line.split())
+
+
+def test_a_goal_is_a_ratio_within_one_report() -> None:
+    linear = dataclasses.replace(GREEN, height=64, width=64, tokens=4096, timing=Timing(2.0, 2.0, 2.0, 9))
+    softmax = dataclasses.replace(linear, variant="softmax", timing=Timing(52.0, 52.0, 52.0, 9))
+    case = "core, N = 4096: softmax / linear"
+    assert goal_line(case, report_of(linear, softmax)).endswith("| at least 25x | 26.00x | yes |")
+    slow = dataclasses.replace(linear, timing=Timing(4.0, 4.0, 4.0, 9))
+    assert goal_line(case, report_of(slow, softmax)).endswith("| at least 25x | 13.00x | NO |")
+    red = dataclasses.replace(linear, parity_ok=False)
+    for reports in ((report_of(linear), report_of(softmax)), (report_of(red, softmax),), ()):
+        assert goal_line(case, *reports).endswith("| not measured | - |")
+
+
+def test_a_goal_of_memory_compares_peaks() -> None:
+    hybrid = dataclasses.replace(
+        GREEN, variant="castling", height=64, width=64, tokens=4096, batch=2, passes="forward+backward", peak_mib=15.0
+    )
+    dense = dataclasses.replace(hybrid, variant="dense", peak_mib=100.0)
+    line = goal_line("hybrid / dense", report_of(hybrid, dense))
+    assert line.endswith("| at most 0.1x | 0.15x | NO |")

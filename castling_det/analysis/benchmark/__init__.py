@@ -3,7 +3,8 @@
 `run_benchmark` makes the record, `write_benchmark` renders it; ratios are made of the record's rows while rendering.
 """
 
-from castling_det.analysis.benchmark.markdown import benchmark_markdown
+from castling_det.analysis.benchmark.goals import GOALS, goals_markdown
+from castling_det.analysis.benchmark.markdown import benchmark_markdown, machine_line
 from castling_det.analysis.benchmark.options import BenchmarkOptions, parse_size
 from castling_det.analysis.benchmark.record import (
     DTYPES,
@@ -20,6 +21,7 @@ from castling_det.analysis.benchmark.variants import VARIANTS
 
 __all__ = [
     "DTYPES",
+    "GOALS",
     "LEVELS",
     "PASSES",
     "VARIANTS",
@@ -28,6 +30,8 @@ __all__ = [
     "BenchmarkRow",
     "Timing",
     "benchmark_markdown",
+    "goals_markdown",
+    "machine_line",
     "parse_size",
     "read_benchmark",
     "render_benchmark",

@@ -7,9 +7,10 @@ from collections.abc import Iterator, Sequence
 from castling_det.analysis.benchmark.ratios import crossover, fault_of, memory_ratio, speed_up, times_floor
 from castling_det.analysis.benchmark.record import BenchmarkReport, BenchmarkRow
 from castling_det.analysis.benchmark.variants import BASELINE, FLOOR, LINEAR
+from castling_det.analysis.markdown_table import markdown_table, one_line
 from castling_det.analysis.record import Machine
 
-__all__ = ["benchmark_markdown"]
+__all__ = ["benchmark_markdown", "machine_line"]
 
 METHOD = (
     "ms: wall time of one call, p50 (p20-p80), over rounds in which each variant, in shuffled order, is called twice "
@@ -22,7 +23,7 @@ METHOD = (
 
 def benchmark_markdown(report: BenchmarkReport) -> str:
     """Machine, method, a table for each group of rows with its crossover, faults, parity, how it was made."""
-    lines = ["# Latency and memory", "", _machine_line(report.machine), "", _method(report)]
+    lines = ["# Latency and memory", "", machine_line(report.machine), "", _method(report)]
     for group in report.groups:
         level, passes, dtype, batch = group
         rows = [row for row in report.rows if row.group == group]
@@ -36,7 +37,8 @@ def benchmark_markdown(report: BenchmarkReport) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _machine_line(machine: Machine) -> str:
+def machine_line(machine: Machine) -> str:
+    """Where and with what it was measured, as one sentence."""
     return (
         f"Machine: {machine.cpu}, {machine.threads} threads, device {machine.device}, torch {machine.torch}, "
         f"Python {machine.python}, commit {machine.commit or 'none, not a checkout'}."
@@ -63,7 +65,7 @@ def _latency_table(rows: Sequence[BenchmarkRow]) -> list[str]:
         for name in names:
             cells += _cells(found, name, has_floor)
         body.append(cells)
-    return _table(head, body)
+    return markdown_table(head, body)
 
 
 def _ratio_names(name: str, has_floor: bool) -> list[str]:
@@ -90,7 +92,7 @@ def _faults(report: BenchmarkReport) -> Iterator[str]:
         if fault is not None:
             size = f"{row.height} x {row.width}"
             where = f"{row.level}, {row.passes}, {row.dtype}, batch {row.batch}, {size}, {row.variant}"
-            yield f"- {fault.upper()}: {where}: {_plain(row.reason or _errors(row))}"
+            yield f"- {fault.upper()}: {where}: {one_line(row.reason or _errors(row))}"
 
 
 def _errors(row: BenchmarkRow) -> str:
@@ -113,7 +115,7 @@ def _parity_table(report: BenchmarkReport) -> list[str]:
         numbers = (worst.parity_rms, worst.tolerance_rms, worst.parity_max, worst.tolerance_max)
         verdict = "red" if worst.parity_red else "green"
         body.append([", ".join(key), str(worst.tokens), *map(_error, numbers), verdict])
-    return _table(head, body)
+    return markdown_table(head, body)
 
 
 def _closeness(row: BenchmarkRow) -> float:
@@ -130,17 +132,3 @@ def _error(value: float | None) -> str:
 def _number(value: float) -> str:
     """Three digits, more only before the point."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
-    """Columns are padded to one width, so that the source reads as a table too."""
-    cells = [[_plain(cell) for cell in row] for row in (head, *body)]
-    widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    top, *rest = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in cells)
-    return ["| " + " | ".join(row) + " |" for row in (top, rule, *rest)]
-
-
-def _plain(text: str) -> str:
-    """One line that cannot break a table."""
-    return " ".join(text.split()).replace("|", "\\|")

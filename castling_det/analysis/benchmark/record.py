@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
-from castling_det.analysis.codec import from_jsonable, to_jsonable
+from castling_det.analysis.codec import read_document, write_document
 from castling_det.analysis.record import Machine
-from castling_det.files import write_json
 
 __all__ = [
     "DTYPES",
@@ -137,7 +134,7 @@ class BenchmarkReport:
 
 def write_benchmark_json(path: str | os.PathLike[str], report: BenchmarkReport) -> None:
     """Writes the record, from which `read_benchmark` gives an equal one."""
-    write_json(path, {"schema": SCHEMA, "benchmark": to_jsonable(report, where="benchmark")})
+    write_document(path, report, schema=SCHEMA, field="benchmark")
 
 
 def read_benchmark(path: str | os.PathLike[str]) -> BenchmarkReport:
@@ -147,11 +144,4 @@ def read_benchmark(path: str | os.PathLike[str]) -> BenchmarkReport:
         ValueError: not such a file; names it and the fix.
     """
     fix = "measure again with tools/benchmark.py --out DIR"
-    try:
-        document = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: not a readable JSON file ({error}); {fix}") from error
-    schema = document.get("schema") if isinstance(document, dict) else None
-    if schema != SCHEMA:
-        raise ValueError(f"{path}: schema={schema!r}: expected {SCHEMA!r}; {fix}")
-    return from_jsonable(BenchmarkReport, document.get("benchmark"), where="benchmark")
+    return read_document(path, BenchmarkReport, schema=SCHEMA, field="benchmark", fix=fix)

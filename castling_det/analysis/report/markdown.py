@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
+from castling_det.analysis.markdown_table import markdown_table, one_line
 from castling_det.analysis.record import METRICS, Report, RunRecord
 from castling_det.analysis.report.table import (
     failures,
@@ -20,7 +19,7 @@ __all__ = ["headline", "markdown"]
 
 def headline(report: Report) -> str:
     """The table with its units and the machine, without headings: to stand in another document."""
-    table = _table(headline_columns(report), [headline_cells(report, summary) for summary in summaries(report)])
+    table = markdown_table(headline_columns(report), [headline_cells(report, summary) for summary in summaries(report)])
     explained = (
         "mAP in [0, 1]; ± is the sample standard deviation over seeds. GMACs are 10^9 multiply-adds of one image."
     )
@@ -29,16 +28,16 @@ def headline(report: Report) -> str:
 
 def markdown(report: Report) -> str:
     """The table, failed runs, every single run, how it was made."""
-    lines = [f"# {report.deployed} against {report.baseline}", "", _plain(f"Data: {report.dataset}."), ""]
+    lines = [f"# {report.deployed} against {report.baseline}", "", one_line(f"Data: {report.dataset}."), ""]
     lines += [headline(report).rstrip()]
-    lines += [text for note in notes(report) for text in ("", f"Note: {_plain(note)}")]
+    lines += [text for note in notes(report) for text in ("", f"Note: {one_line(note)}")]
     if report.failed:
-        lines += ["", "## Failed", "", *(f"- {_plain(line)}" for line in failures(report))]
+        lines += ["", "## Failed", "", *(f"- {one_line(line)}" for line in failures(report))]
     columns = ("run", "seed", "status", *METRICS, "iterations", "checkpoint sha256")
-    lines += ["", "## Every run", "", *_table(columns, [_run_cells(run) for run in report.runs])]
+    lines += ["", "## Every run", "", *markdown_table(columns, [_run_cells(run) for run in report.runs])]
     commands = dict.fromkeys(command for run in report.runs for command in run.commands)
-    lines += ["", "## How it was made", "", f"- `{_plain(report.created_by)}`, {report.created_at}"]
-    lines += [f"- `{_plain(command)}`" for command in commands]
+    lines += ["", "## How it was made", "", f"- `{one_line(report.created_by)}`, {report.created_at}"]
+    lines += [f"- `{one_line(command)}`" for command in commands]
     return "\n".join(lines) + "\n"
 
 
@@ -52,17 +51,3 @@ def _run_cells(run: RunRecord) -> tuple[str, ...]:
         "-" if run.iterations is None else str(run.iterations),
         run.checkpoint_sha256[:12] if run.checkpoint_sha256 else "-",
     )
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns are padded to one width, so that the source reads as a table too."""
-    cells = [[_plain(cell) for cell in row] for row in (columns, *rows)]
-    widths = [max(len(cell) for cell in column) for column in zip(*cells, strict=True)]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    head, *body = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in cells)
-    return ["| " + " | ".join(row) + " |" for row in (head, rule, *body)]
-
-
-def _plain(text: str) -> str:
-    """One line that cannot break a table."""
-    return " ".join(text.split()).replace("|", "\\|")

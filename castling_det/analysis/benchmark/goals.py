@@ -1,0 +1,128 @@
+"""The ratios that the attention is built to reach, and where a benchmark says that it stands."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from castling_det.analysis.benchmark.ratios import fault_of
+from castling_det.analysis.benchmark.record import BenchmarkReport, BenchmarkRow
+from castling_det.analysis.benchmark.variants import BASELINE, FLOOR, LINEAR
+from castling_det.analysis.markdown_table import markdown_table
+
+__all__ = ["GOALS", "Goal", "goals_markdown"]
+
+_FORWARD, _TRAINING = "forward", "forward+backward"
+
+
+@dataclass(frozen=True)
+class _Case:
+    """Which row of the reports; all in float32."""
+
+    variant: str
+    side: int
+    level: str = "core"
+    passes: str = _FORWARD
+    batch: int = 1
+
+    def find(self, rows: Iterable[BenchmarkRow]) -> BenchmarkRow | None:
+        wanted = (self.variant, self.side, self.side, self.level, self.passes, self.batch, "float32")
+        for row in rows:
+            if (row.variant, row.height, row.width, row.level, row.passes, row.batch, row.dtype) == wanted:
+                return row
+        return None
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A ratio of two rows of one benchmark and its bound."""
+
+    case: str
+    upper: _Case
+    lower: _Case
+    at_least: float = -math.inf
+    at_most: float = math.inf
+    of: str = "time"
+    """`"time"`, the median latency, or `"memory"`, the peak."""
+
+    def ratio(self, reports: Sequence[BenchmarkReport]) -> float | None:
+        """From the first report that has both rows; None where none has, or where a row failed or parity is red."""
+        for report in reports:
+            upper, lower = self.upper.find(report.rows), self.lower.find(report.rows)
+            if upper is not None and lower is not None:
+                usable = fault_of(upper) is None and fault_of(lower) is None
+                return _VALUES[self.of](upper) / _VALUES[self.of](lower) if usable else None
+        return None
+
+    def bound(self) -> str:
+        """The goal in words."""
+        return f"at least {self.at_least:g}x" if self.at_most == math.inf else f"at most {self.at_most:g}x"
+
+
+def _p50_ms(row: BenchmarkRow) -> float:
+    assert row.timing is not None
+    return row.timing.p50_ms
+
+
+def _peak_mib(row: BenchmarkRow) -> float:
+    assert row.peak_mib is not None
+    return row.peak_mib
+
+
+_VALUES: dict[str, Callable[[BenchmarkRow], float]] = {"time": _p50_ms, "memory": _peak_mib}
+
+
+def _faster(case: str, slow: _Case, at_least: float) -> Goal:
+    """The linear row of the same case against `slow`."""
+    return Goal(case, slow, _Case(LINEAR, slow.side, slow.level, slow.passes, slow.batch), at_least=at_least)
+
+
+def _hybrid(variant: str) -> _Case:
+    return _Case(variant, 64, passes=_TRAINING, batch=2)
+
+
+GOALS: tuple[Goal, ...] = (
+    _faster("core, N = 256: softmax / linear", _Case(BASELINE, 16), 1),
+    _faster("core, N = 1024: softmax / linear", _Case(BASELINE, 32), 6),
+    _faster("core, N = 4096: softmax / linear", _Case(BASELINE, 64), 25),
+    _faster("core, N = 1024: published / linear", _Case("published", 32), 2.5),
+    _faster("core, N = 4096: published / linear", _Case("published", 64), 2.5),
+    _faster("core, N = 16384: published / linear", _Case("published", 128), 2.5),
+    Goal("core, N = 1024: linear / floor", _Case(LINEAR, 32), _Case(FLOOR, 32), at_most=2),
+    Goal("core, N = 4096: linear / floor", _Case(LINEAR, 64), _Case(FLOOR, 64), at_most=2),
+    Goal("core, N = 16384: linear / floor", _Case(LINEAR, 128), _Case(FLOOR, 128), at_most=2),
+    Goal("core: linear at N = 16384 / linear at N = 1024", _Case(LINEAR, 128), _Case(LINEAR, 32), at_most=20),
+    _faster("core, training step, N = 4096: softmax / linear", _Case(BASELINE, 64, passes=_TRAINING), 12),
+    Goal(
+        "hybrid core, training step, N = 4096, batch 2, memory: hybrid / softmax",
+        _hybrid("castling"),
+        _hybrid(BASELINE),
+        at_most=1.5,
+        of="memory",
+    ),
+    Goal(
+        "the same, memory: hybrid / dense formulation",
+        _hybrid("castling"),
+        _hybrid("dense"),
+        at_most=0.1,
+        of="memory",
+    ),
+    Goal("the same, time: hybrid / softmax", _hybrid("castling"), _hybrid(BASELINE), at_most=3),
+    Goal("the same, time: hybrid, mask empty / linear", _hybrid("castling_empty"), _hybrid(LINEAR), at_most=1.03),
+    _faster("ViT-S backbone, 1024 x 1024 pixels: softmax / linear", _Case(BASELINE, 1024, level="backbone"), 2.3),
+)
+"""Batch 1, width 384, 6 heads, float32. `softmax` is fused; `floor` is the two matrix products and the convolution."""
+
+
+def goals_markdown(reports: Sequence[BenchmarkReport]) -> str:
+    """Every goal with what was measured and whether it is reached."""
+    body = []
+    for goal in GOALS:
+        ratio = goal.ratio(reports)
+        if ratio is None:
+            body.append([goal.case, goal.bound(), "not measured", "-"])
+        else:
+            reached = goal.at_least <= ratio <= goal.at_most
+            body.append([goal.case, goal.bound(), f"{ratio:.2f}x", "yes" if reached else "NO"])
+    return "\n".join(markdown_table(["case", "goal", "measured", "reached"], body)) + "\n"

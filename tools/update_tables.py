@@ -1,0 +1,89 @@
+"""Writes the tables of README.md and docs/ from the records under results/.
+
+A table stands between `<!-- begin table NAME: python tools/update_tables.py -->` and `<!-- end table -->`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "results"
+BLOCK = re.compile(
+    r"(<!-- begin table (\w+): python tools/update_tables\.py -->\n).*?(<!-- end table -->)", re.DOTALL
+)
+
+
+def tree_crowns() -> str:
+    """Runs of the study, with the machine line."""
+    from castling_det.analysis.record import read_report
+    from castling_det.analysis.report import headline
+
+    return headline(read_report(RESULTS / "tree_crowns" / "report.json"))
+
+
+def attention_goals() -> str:
+    """Ratios of the benchmarks, with the machine line."""
+    from castling_det.analysis.benchmark import goals_markdown, machine_line, read_benchmark
+
+    reports = [read_benchmark(path) for path in sorted(RESULTS.glob("attention/*/benchmark.json"))]
+    machines = dict.fromkeys(machine_line(report.machine) for report in reports)
+    return goals_markdown(reports) + "\n" + "\n".join(machines) + "\n"
+
+
+def attention_numerics() -> str:
+    """Errors against float64."""
+    from castling_det.analysis.numerics import numerics_markdown, read_numerics
+
+    return numerics_markdown(read_numerics(RESULTS / "attention" / "numerics.json"))
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "tree_crowns": tree_crowns,
+    "attention_goals": attention_goals,
+    "attention_numerics": attention_numerics,
+}
+
+
+def updated(path: Path, text: str) -> str:
+    """The document with its tables made anew.
+
+    Raises:
+        ValueError: a table that no record belongs to.
+    """
+
+    def table(found: re.Match[str]) -> str:
+        if found[2] not in TABLES:
+            raise ValueError(f"{path}: table {found[2]!r}: expected one of {', '.join(TABLES)}")
+        return f"{found[1]}{TABLES[found[2]]().strip()}\n{found[3]}"
+
+    return BLOCK.sub(table, text)
+
+
+def main() -> int:
+    """Rewrites the documents, or with --check only says which are out of date."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if a table is out of date")
+    args = parser.parse_args()
+    from castling_det.files import write_text
+
+    stale = False
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        text = path.read_text(encoding="utf-8")
+        new = updated(path, text)
+        if text == new:
+            continue
+        stale = True
+        if args.check:
+            print(f"{path.relative_to(ROOT)}: a table is out of date", file=sys.stderr)
+        else:
+            write_text(path, new)
+    return int(args.check and stale)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
