@@ -175,32 +175,40 @@ class _PackedUnitSum(torch.autograd.Function):
         qkv, aux, out_BNHK, factor_BNH1, kv_BHKK, q_length_BNH1, k_length_BNH1 = ctx.saved_tensors
         dtype = out_BNHK.dtype
         grad_qkv = torch.empty_like(qkv, dtype=dtype)
+        # Each holds products on the way until its own gradient is written last: nothing else of that size is needed.
         grad_q_BNHK, grad_k_BNHK, grad_v_BNHK = grad_qkv.unbind(2)
         per_token = 1.0 / qkv.shape[1]
         with without_autocast(qkv):
             q_BNHK, k_BNHK, v_BNHK = qkv.to(dtype).unbind(2)
             grad_out = grad_out.to(dtype)
             # d/dt of t / |t|: the part of the gradient that is orthogonal to the output, over |t|.
-            along_BNH1 = (grad_out * out_BNHK).sum(dim=-1, keepdim=True)
+            along_BNH1 = torch.mul(grad_out, out_BNHK, out=grad_q_BNHK).sum(dim=-1, keepdim=True)
             grad_total_BNHK = torch.addcmul(grad_out, out_BNHK, along_BNH1, value=-1).mul_(factor_BNH1)
             grad_total_BHNK = grad_total_BNHK.transpose(1, 2)
             grad_kv_BHKK = q_BNHK.permute(0, 2, 3, 1) @ grad_total_BHNK
 
-            weighted_BNHK = 0.5 * v_BNHK if aux is None else torch.add(aux.to(dtype).transpose(1, 2), v_BNHK, alpha=0.5)
-            grad_length_BNH1 = (grad_total_BNHK * weighted_BNHK).sum(dim=-1, keepdim=True) * per_token
-            grad_q_total_BNHK = (grad_total_BHNK @ kv_BHKK.transpose(-2, -1)).transpose(1, 2)
-            torch.addcmul(grad_q_total_BNHK, q_BNHK, grad_length_BNH1 / q_length_BNH1, out=grad_q_BNHK)
+            weighted_BNHK = torch.mul(v_BNHK, 0.5, out=grad_k_BNHK)
+            if aux is not None:
+                weighted_BNHK.add_(aux.transpose(1, 2))
+            grad_length_BNH1 = torch.mul(grad_total_BNHK, weighted_BNHK, out=grad_q_BNHK).sum(dim=-1, keepdim=True)
+            q_factor_BNH1 = grad_length_BNH1 * (per_token / q_length_BNH1)
+            partial_BNHK = (grad_total_BHNK @ kv_BHKK.transpose(-2, -1)).transpose(1, 2)
+            torch.addcmul(partial_BNHK, q_BNHK, q_factor_BNH1, out=grad_q_BNHK)
+            del partial_BNHK
 
             k_scale_BNH1 = per_token / math.pi / k_length_BNH1
-            grad_khat_BNHK = (v_BNHK.transpose(1, 2) @ grad_kv_BHKK.transpose(-2, -1)).transpose(1, 2)
-            along_BNH1 = (grad_khat_BNHK * k_BNHK).sum(dim=-1, keepdim=True) / k_length_BNH1.square()
-            torch.mul(grad_khat_BNHK.addcmul_(k_BNHK, along_BNH1, value=-1), k_scale_BNH1, out=grad_k_BNHK)
+            partial_BNHK = (v_BNHK.transpose(1, 2) @ grad_kv_BHKK.transpose(-2, -1)).transpose(1, 2)
+            along_BNH1 = torch.mul(partial_BNHK, k_BNHK, out=grad_k_BNHK).sum(dim=-1, keepdim=True)
+            partial_BNHK.addcmul_(k_BNHK, along_BNH1 / k_length_BNH1.square(), value=-1)
+            torch.mul(partial_BNHK, k_scale_BNH1, out=grad_k_BNHK)
+            del partial_BNHK
 
+            partial_BNHK = (k_BNHK.transpose(1, 2) @ grad_kv_BHKK).transpose(1, 2)
+            torch.addcmul(grad_v, partial_BNHK, k_scale_BNH1, out=grad_v_BNHK)
+            del partial_BNHK
             weight_BNH1 = q_length_BNH1 * per_token
-            grad_v_total_BNHK = (k_BNHK.transpose(1, 2) @ grad_kv_BHKK).transpose(1, 2).mul_(k_scale_BNH1)
-            torch.addcmul(grad_v_total_BNHK, grad_total_BNHK, 0.5 * weight_BNH1, out=grad_v_BNHK)
-            grad_v_BNHK.add_(grad_v)
-            grad_aux = None if aux is None else (grad_total_BNHK * weight_BNH1).transpose(1, 2).to(aux.dtype)
+            grad_v_BNHK.addcmul_(grad_total_BNHK, weight_BNH1, value=0.5)
+            grad_aux = None if aux is None else grad_total_BNHK.mul_(weight_BNH1).transpose(1, 2).to(aux.dtype)
         return grad_qkv.to(qkv.dtype), grad_aux
 
 
