@@ -14,7 +14,7 @@ from castling_det.analysis.codec import read_document, write_document
 from castling_det.analysis.machine import this_machine
 from castling_det.analysis.markdown_table import markdown_table
 from castling_det.analysis.record import Machine
-from castling_det.ops import NORMALIZERS, linear_angular_packed, masked_softmax
+from castling_det.ops import NORMALIZERS, linear_angular_packed, masked_softmax_packed
 
 __all__ = [
     "INPUTS",
@@ -148,8 +148,7 @@ def _output_and_gradient(qkv: Tensor, grad: Tensor, branch: str, normalizer: str
     qkv = qkv.detach().requires_grad_()
     aux = None
     if branch == "hybrid":
-        q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
-        aux = masked_softmax(q, k, v, _THRESHOLD / qkv.shape[1])
+        aux = masked_softmax_packed(qkv, _THRESHOLD / qkv.shape[1])
     out = linear_angular_packed(qkv, normalizer=normalizer, aux=aux)
     (gradient,) = torch.autograd.grad(out, qkv, grad)
     return out.detach(), gradient

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from castling_det.layers.local_conv import LocalConv
-from castling_det.ops import NORMALIZERS, MaskedSoftmax, linear_angular_packed, masked_softmax
+from castling_det.ops import NORMALIZERS, MaskedSoftmax, linear_angular_packed, masked_softmax_packed
 
 __all__ = ["ATTENTION_MODES", "THRESHOLD_UNITS", "CastlingAttention", "MaskStats"]
 
@@ -132,11 +132,11 @@ class CastlingAttention(nn.Module):
             Merged heads, (B, N, C).
         """
         qkv_BN3HK = qkv.unflatten(-1, (3, self.num_heads, self.dim // self.num_heads))
-        q_BNHK, k_BNHK, v_BNHK = qkv_BN3HK.unbind(2)
         local = None if self.dconv is None else partial(self._local, hw=hw)
         if self.mode != "softmax":
-            aux = self._masked_softmax_branch(q_BNHK, k_BNHK, v_BNHK)
+            aux = self._masked_softmax_branch(qkv_BN3HK)
             return linear_angular_packed(qkv_BN3HK, normalizer=self.normalizer, aux=aux, local=local).flatten(-2)
+        q_BNHK, k_BNHK, v_BNHK = qkv_BN3HK.unbind(2)
         y_BHNK = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q_BNHK, k_BNHK, v_BNHK)))
         y: Tensor = y_BHNK.transpose(1, 2).flatten(-2)
         return y if local is None else y + local(v_BNHK).flatten(-2)
@@ -154,16 +154,15 @@ class CastlingAttention(nn.Module):
         """Whether nothing passes, whatever the input: threshold >= 1 in probability, or the branch faded out."""
         return self.absolute_threshold(num_tokens) >= 1 or self.aux_scale == 0
 
-    def _masked_softmax_branch(self, *qkv_BNHK: Tensor) -> MaskedSoftmax | None:
+    def _masked_softmax_branch(self, qkv_BN3HK: Tensor) -> MaskedSoftmax | None:
         if self.mode != "castling" or not (self.training or self.eval_aux):
             return None
-        tokens = qkv_BNHK[0].shape[1]
+        tokens = qkv_BN3HK.shape[1]
         if self.mask_is_empty(tokens):
-            zero = torch.zeros((), device=qkv_BNHK[0].device)
+            zero = torch.zeros((), device=qkv_BN3HK.device)
             self.mask_stats = MaskStats(zero, zero)
             return None
-        q, k, v = (x.transpose(1, 2) for x in qkv_BNHK)
-        aux = masked_softmax(q, k, v, self.absolute_threshold(tokens))
+        aux = masked_softmax_packed(qkv_BN3HK, self.absolute_threshold(tokens))
         self.mask_stats = MaskStats(aux.kept_fraction, aux.kept_mass.detach().float().mean())
         if self.aux_scale == 1:
             return aux

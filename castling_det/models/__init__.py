@@ -1,4 +1,4 @@
-"""What MMDetection's registry builds: backbones and necks."""
+"""What MMDetection's registry builds: backbones, necks and heads."""
 
 from castling_det.compat import check_host
 
@@ -6,6 +6,7 @@ from castling_det.compat import check_host
 check_host()
 
 from castling_det.models.backbones import CastlingViT  # noqa: E402
-from castling_det.models.necks import SimpleFeaturePyramid  # noqa: E402
+from castling_det.models.heads import PicoHead, VarifocalSimOTAAssigner  # noqa: E402
+from castling_det.models.necks import CSPPAN, SimpleFeaturePyramid  # noqa: E402
 
-__all__ = ["CastlingViT", "SimpleFeaturePyramid"]
+__all__ = ["CSPPAN", "CastlingViT", "PicoHead", "SimpleFeaturePyramid", "VarifocalSimOTAAssigner"]

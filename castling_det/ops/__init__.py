@@ -1,11 +1,16 @@
 """Pure functions on tensors, torch only.
 
 Shape suffixes, here and in attention bodies: B batch, H heads, G a group of heads, N tokens,
-M a block of query tokens, K channels of a head, C = H * K.
+M query tokens where they are not all N, K channels of a head, V those of its values where they are not K, C = H * K.
 """
 
 from castling_det.ops.linear_angular import NORMALIZERS, linear_angular_attention, linear_angular_packed
-from castling_det.ops.masked_softmax import MaskedSoftmax, masked_softmax, masked_softmax_attention
+from castling_det.ops.masked_softmax import (
+    MaskedSoftmax,
+    masked_softmax,
+    masked_softmax_attention,
+    masked_softmax_packed,
+)
 from castling_det.ops.numerics import EPS
 
 __all__ = [
@@ -16,4 +21,5 @@ __all__ = [
     "linear_angular_packed",
     "masked_softmax",
     "masked_softmax_attention",
+    "masked_softmax_packed",
 ]

@@ -19,7 +19,13 @@ NORMALIZERS = ("l2", "kernel")
 
 
 def linear_angular_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, normalizer: str = "l2", aux: MaskedSoftmax | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    normalizer: str = "l2",
+    aux: MaskedSoftmax | None = None,
+    v_at_q: Tensor | None = None,
 ) -> Tensor:
     """Attends with sim(q, k) = 1/2 + cos(q, k)/pi, evaluated as q^ (k^T v), hats L2-normalised over the last axis.
 
@@ -28,32 +34,31 @@ def linear_angular_attention(
     which sim >= 1/2 - 1/pi > 0, so that each output is a convex average of the values.
 
     Args:
-        q: queries, (B, H, N, K), any float dtype. Not normalised by the caller.
+        q: queries, (B, H, M, K), any float dtype. Not normalised by the caller.
         k: keys, (B, H, N, K).
-        v: values, (B, H, N, K).
+        v: values, (B, H, N, V).
         normalizer: `"l2"` or `"kernel"`.
         aux: the masked softmax branch of the same q, k, v while training, or None. Under `"l2"` its output joins the
             sum (published). Under `"kernel"` both branches are averages, so the result is the average of all their
             weights, `(linear + aux.out) / (1 + aux.kept_mass)`: convex at every threshold, `linear` once the mask is
             empty.
+        v_at_q: what v/2 of `"l2"` is taken from, (B, H, M, V): the values at the queries' places. None: `v`, a query
+            for each. Unused under `"kernel"`, whose constant term is the same for every query.
 
     Returns:
-        (B, H, N, K), dtype of `v`. Half precisions are accumulated in float32, also under autocast.
+        (B, H, M, V), dtype of `v`. Half precisions are accumulated in float32, also under autocast.
 
     Raises:
-        ValueError: unknown `normalizer`, or shapes that differ.
+        ValueError: unknown `normalizer`, or shapes that do not belong together.
     """
     _check_normalizer(normalizer)
-    if not q.shape == k.shape == v.shape or q.dim() != 4:
-        raise ValueError(
-            "q, k, v: expected one common shape (B, H, N, K), got "
-            f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
-        )
+    v_at_q = v if v_at_q is None else v_at_q
+    _check_shapes(q, k, v, v_at_q if normalizer == "l2" else None)
     accumulation = accumulation_dtype(v.dtype)
     with without_autocast(v):
-        q_BNHK, k_BNHK, v_BNHK = (x.to(accumulation).transpose(1, 2) for x in (q, k, v))
-        norms = vector_norm(q_BNHK), vector_norm(k_BNHK)
-        result = _weighted_sum(q_BNHK, k_BNHK, v_BNHK, norms, normalizer, aux)
+        q_BMHK, k_BNHK, v_BNHV, own_BMHV = (x.to(accumulation).transpose(1, 2) for x in (q, k, v, v_at_q))
+        norms = vector_norm(q_BMHK), vector_norm(k_BNHK)
+        result = _weighted_sum(q_BMHK, k_BNHK, v_BNHV, norms, normalizer, aux, own_BMHV)
         return result.out().to(v.dtype).transpose(1, 2)
 
 
@@ -93,57 +98,59 @@ def linear_angular_packed(
     with without_autocast(qkv):
         x_BN3HK = qkv.to(accumulation_dtype(qkv.dtype))
         q_BNHK, k_BNHK, _ = x_BN3HK.unbind(2)
-        result = _weighted_sum(q_BNHK, k_BNHK, v_BNHK.to(x_BN3HK.dtype), _packed_norms(x_BN3HK), normalizer, aux)
+        values_BNHK = v_BNHK.to(x_BN3HK.dtype)
+        result = _weighted_sum(q_BNHK, k_BNHK, values_BNHK, _packed_norms(x_BN3HK), normalizer, aux, values_BNHK)
         if local_BNHK is None:
             return result.out().to(qkv.dtype)
-        return local_BNHK.addcmul_(result.total_BNHK, result.factor_BNH1)
+        return local_BNHK.addcmul_(result.total_BMHV, result.factor_BMH1)
 
 
 class _WeightedSum(NamedTuple):
     """The branch before its normaliser, and what the gradient by hand needs."""
 
-    total_BNHK: Tensor
-    factor_BNH1: Tensor
-    kv_BHKK: Tensor
-    q_length_BNH1: Tensor
+    total_BMHV: Tensor
+    factor_BMH1: Tensor
+    kv_BHKV: Tensor
+    q_length_BMH1: Tensor
     k_length_BNH1: Tensor
 
     def out(self) -> Tensor:
         # Autograd keeps the total for the backward of its norm; without it the product may take its place.
-        in_place = not self.total_BNHK.requires_grad
-        return self.total_BNHK.mul_(self.factor_BNH1) if in_place else self.total_BNHK * self.factor_BNH1
+        in_place = not self.total_BMHV.requires_grad
+        return self.total_BMHV.mul_(self.factor_BMH1) if in_place else self.total_BMHV * self.factor_BMH1
 
 
 def _weighted_sum(
-    q_BNHK: Tensor,
+    q_BMHK: Tensor,
     k_BNHK: Tensor,
-    v_BNHK: Tensor,
-    norms_BNH1: tuple[Tensor, Tensor],
+    v_BNHV: Tensor,
+    norms: tuple[Tensor, Tensor],
     normalizer: str,
     aux: MaskedSoftmax | None,
+    own_BMHV: Tensor,
 ) -> _WeightedSum:
-    dtype = v_BNHK.dtype
-    q_length_BNH1, k_length_BNH1 = (length_of(norm) for norm in norms_BNH1)
+    dtype = v_BNHV.dtype
+    q_length_BMH1, k_length_BNH1 = (length_of(norm) for norm in norms)
     # 1/N on all terms cancels in either normaliser and keeps the sum's squared norm inside any dtype's range.
-    per_token = 1.0 / v_BNHK.shape[1]
+    per_token = 1.0 / v_BNHV.shape[1]
     k_scale_BNH1 = per_token / math.pi / k_length_BNH1
     # The scaled keys have no name, so that their memory is free, and in the caches, for the total.
-    kv_BHKK = (k_BNHK * k_scale_BNH1).permute(0, 2, 3, 1) @ v_BNHK.transpose(1, 2)
+    kv_BHKV = (k_BNHK * k_scale_BNH1).permute(0, 2, 3, 1) @ v_BNHV.transpose(1, 2)
     # |q| on all terms cancels as well, so that q is read once and never normalised.
-    total_BNHK = (q_BNHK.transpose(1, 2) @ kv_BHKK).transpose(1, 2)
+    total_BMHV = (q_BMHK.transpose(1, 2) @ kv_BHKV).transpose(1, 2)
     if normalizer == "l2":
-        total_BNHK.addcmul_(v_BNHK, q_length_BNH1 * (0.5 * per_token))
+        total_BMHV.addcmul_(own_BMHV, q_length_BMH1 * (0.5 * per_token))
         if aux is not None:
-            total_BNHK.addcmul_(aux.out.to(dtype).transpose(1, 2), q_length_BNH1 * per_token)
-        divisor_BNH1 = length_of(vector_norm(total_BNHK), q_length_BNH1 * (EPS * per_token))
+            total_BMHV.addcmul_(aux.out.to(dtype).transpose(1, 2), q_length_BMH1 * per_token)
+        divisor_BMH1 = length_of(vector_norm(total_BMHV), q_length_BMH1 * (EPS * per_token))
     else:
-        total_BNHK.addcmul_(v_BNHK.mean(dim=1, keepdim=True), q_length_BNH1, value=0.5)
+        total_BMHV.addcmul_(v_BNHV.mean(dim=1, keepdim=True), q_length_BMH1, value=0.5)
         ksum_BHK1 = k_BNHK.permute(0, 2, 3, 1) @ k_scale_BNH1.transpose(1, 2)
-        divisor_BNH1 = (q_BNHK.transpose(1, 2) @ ksum_BHK1).transpose(1, 2) + 0.5 * q_length_BNH1
+        divisor_BMH1 = (q_BMHK.transpose(1, 2) @ ksum_BHK1).transpose(1, 2) + 0.5 * q_length_BMH1
         if aux is not None:
-            total_BNHK = total_BNHK + aux.out.to(dtype).transpose(1, 2) * divisor_BNH1
-            divisor_BNH1 = divisor_BNH1 * (1.0 + aux.kept_mass.to(dtype).transpose(1, 2).unsqueeze(-1))
-    return _WeightedSum(total_BNHK, divisor_BNH1.reciprocal(), kv_BHKK, q_length_BNH1, k_length_BNH1)
+            total_BMHV = total_BMHV + aux.out.to(dtype).transpose(1, 2) * divisor_BMH1
+            divisor_BMH1 = divisor_BMH1 * (1.0 + aux.kept_mass.to(dtype).transpose(1, 2).unsqueeze(-1))
+    return _WeightedSum(total_BMHV, divisor_BMH1.reciprocal(), kv_BHKV, q_length_BMH1, k_length_BNH1)
 
 
 class _PackedUnitSum(torch.autograd.Function):
@@ -161,9 +168,8 @@ class _PackedUnitSum(torch.autograd.Function):
             x_BN3HK = qkv.to(accumulation_dtype(qkv.dtype))
             q_BNHK, k_BNHK, _ = x_BN3HK.unbind(2)
             branch = None if aux is None else MaskedSoftmax(aux, aux, aux)
-            result = _weighted_sum(
-                q_BNHK, k_BNHK, v_BNHK.to(x_BN3HK.dtype), _packed_norms(x_BN3HK), "l2", branch
-            )
+            values_BNHK = v_BNHK.to(x_BN3HK.dtype)
+            result = _weighted_sum(q_BNHK, k_BNHK, values_BNHK, _packed_norms(x_BN3HK), "l2", branch, values_BNHK)
             out_BNHK = result.out()
         ctx.save_for_backward(qkv, aux, out_BNHK, *result[1:])
         return out_BNHK, v_BNHK
@@ -216,6 +222,17 @@ def _packed_norms(x_BN3HK: Tensor) -> tuple[Tensor, Tensor]:
     # One pass over contiguous memory: over a slice of it, torch's reduction takes five times as long on a CPU.
     q_norm_BNH1, k_norm_BNH1, _ = vector_norm(x_BN3HK).unbind(2)
     return q_norm_BNH1, k_norm_BNH1
+
+
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor, own: Tensor | None) -> None:
+    four = q.dim() == k.dim() == v.dim() == 4
+    paired = four and q.shape[:2] == k.shape[:2] == v.shape[:2] and q.shape[3] == k.shape[3] and k.shape[2] == v.shape[2]
+    if not paired or (own is not None and own.shape != (*q.shape[:3], v.shape[3])):
+        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
+        raise ValueError(
+            "q, k, v: expected one common shape (B, H, N, K), or (B, H, M, K), (B, H, N, K), (B, H, N, V) with "
+            f"v_at_q of (B, H, M, V), got {shapes}" + ("" if own is None or own is v else f" with {tuple(own.shape)}")
+        )
 
 
 def _check_normalizer(normalizer: str) -> None:

@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from castling_det.ops.numerics import accumulation_dtype, without_autocast
 
-__all__ = ["MaskedSoftmax", "masked_softmax", "masked_softmax_attention"]
+__all__ = ["MaskedSoftmax", "masked_softmax", "masked_softmax_attention", "masked_softmax_packed"]
 
 _BLOCK_ELEMENTS = 1 << 20
 """Probabilities alive at once: 4 MiB in float32, about what the caches hold."""
@@ -47,16 +48,37 @@ def masked_softmax(q: Tensor, k: Tensor, v: Tensor, threshold: float, *, scale: 
     Raises:
         ValueError: negative or NaN threshold.
     """
-    if not threshold >= 0:
-        raise ValueError(f"threshold={threshold}: expected a probability in [0, inf]; from 1 on the mask is empty")
+    _check_threshold(threshold)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     accumulation = accumulation_dtype(v.dtype)
     with without_autocast(v):
         # A tensor, because torch.compile makes a graph for every value of a number; it moves with every iteration.
         limit = torch.full((), threshold, dtype=torch.float64)
         out, kept_mass, count = _forward(q.to(accumulation), k.to(accumulation), v.to(accumulation), limit, scale)
-        kept_fraction = (count.double() / max(kept_mass.numel() * k.shape[-2], 1)).float()
-    return MaskedSoftmax(out.to(v.dtype), kept_mass, kept_fraction)
+    return _result(out.to(v.dtype), kept_mass, count, k.shape[-2])
+
+
+def masked_softmax_packed(qkv: Tensor, threshold: float, *, scale: float | None = None) -> MaskedSoftmax:
+    """`masked_softmax` of a packed projection, (B, N, 3, H, K), whose gradient is written into one packed tensor.
+
+    Shapes of the result, dtypes and errors as there.
+    """
+    if torch.compiler.is_compiling():
+        q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
+        return masked_softmax(q, k, v, threshold, scale=scale)
+    _check_threshold(threshold)
+    scale = qkv.shape[-1] ** -0.5 if scale is None else scale
+    out, kept_mass, count = _Packed.apply(qkv, threshold, scale)  # type: ignore[no-untyped-call]
+    return _result(out, kept_mass, count, qkv.shape[1])
+
+
+def _check_threshold(threshold: float) -> None:
+    if not threshold >= 0:
+        raise ValueError(f"threshold={threshold}: expected a probability in [0, inf]; from 1 on the mask is empty")
+
+
+def _result(out: Tensor, kept_mass: Tensor, count: Tensor, num_keys: int) -> MaskedSoftmax:
+    return MaskedSoftmax(out, kept_mass, (count.double() / max(kept_mass.numel() * num_keys, 1)).float())
 
 
 def masked_softmax_attention(
@@ -96,8 +118,26 @@ def _backward(
     threshold: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v; the probabilities are computed again."""
-    grad_q, grad_k, grad_v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    """Gradients of q, k and v."""
+    gradients = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    _add_gradients(gradients, grad_out, grad_mass, q, k, v, out, kept_mass, threshold, scale)
+    return gradients
+
+
+def _add_gradients(
+    gradients: tuple[Tensor, Tensor, Tensor],
+    grad_out: Tensor,
+    grad_mass: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    kept_mass: Tensor,
+    threshold: Tensor,
+    scale: float,
+) -> None:
+    """Adds to the gradients of q, k and v, which are zeros; the probabilities are computed again."""
+    grad_q, grad_k, grad_v = gradients
     # sum_j p_ij dL/dp_ij of softmax's backward without the N products: the kept p_ij sum up to the outputs.
     row_sums = (grad_out * out).sum(dim=-1) + grad_mass * kept_mass
     limit = float(threshold)
@@ -113,7 +153,6 @@ def _backward(
         grad_s_GMN.mul_(sparse_GMN).addcmul_(p_GMN, row_sums[rows].unsqueeze(-1), value=-1)
         grad_q[rows] = grad_s_GMN @ k[heads] * scale
         grad_k[heads] += grad_s_GMN.transpose(-2, -1) @ scaled_q_GMK
-    return grad_q, grad_k, grad_v
 
 
 @_forward.register_fake
@@ -141,6 +180,36 @@ def _gradients(ctx: Any, grad_out: Tensor, grad_mass: Tensor, _: Tensor) -> tupl
 
 
 _forward.register_autograd(_gradients, setup_context=_save_for_backward)
+
+
+class _Packed(torch.autograd.Function):
+    """The operators above between packed tensors: autograd would stack three gradients, and hold them twice."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, threshold: float, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+        limit = torch.full((), threshold, dtype=torch.float64)
+        with without_autocast(qkv):
+            q, k, v = (x.transpose(1, 2) for x in qkv.to(accumulation_dtype(qkv.dtype)).unbind(2))
+            out, kept_mass, count = _forward(q, k, v, limit, scale)
+        ctx.save_for_backward(qkv, out, kept_mass, limit)
+        ctx.scale = scale
+        ctx.mark_non_differentiable(count)
+        return out.to(qkv.dtype), kept_mass, count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor, grad_mass: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
+        qkv, out, kept_mass, limit = ctx.saved_tensors
+        dtype = kept_mass.dtype
+        with without_autocast(qkv):
+            q, k, v = (x.transpose(1, 2) for x in qkv.to(dtype).unbind(2))
+            grad_qkv = torch.zeros_like(qkv, dtype=dtype)
+            grad_q, grad_k, grad_v = (x.transpose(1, 2) for x in grad_qkv.unbind(2))
+            gradients = grad_q, grad_k, grad_v
+            _add_gradients(
+                gradients, grad_out.to(dtype), grad_mass, q, k, v, out, kept_mass, limit, ctx.scale
+            )
+        return grad_qkv.to(qkv.dtype), None, None
 
 
 def _blocks(q_BHNK: Tensor) -> Iterator[tuple[tuple[int, slice], tuple[int, slice, slice]]]:

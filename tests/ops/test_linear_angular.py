@@ -13,6 +13,7 @@ from castling_det.ops import (
     linear_angular_attention,
     linear_angular_packed,
     masked_softmax,
+    masked_softmax_packed,
     naive,
 )
 from tests.compare import assert_parity, errors
@@ -158,8 +159,7 @@ def packed_by_twin(qkv, *, normalizer, hybrid, local):
 
 
 def packed(qkv, *, normalizer, hybrid, local):
-    q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
-    aux = masked_softmax(q, k, v, THRESHOLD / q.shape[2]) if hybrid else None
+    aux = masked_softmax_packed(qkv, THRESHOLD / qkv.shape[1]) if hybrid else None
     return linear_angular_packed(qkv, normalizer=normalizer, aux=aux, local=local)
 
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from castling_det.ops import masked_softmax, masked_softmax_attention, naive
+from castling_det.ops import masked_softmax, masked_softmax_attention, masked_softmax_packed, naive
 from castling_det.ops import masked_softmax as public_masked_softmax
 from tests.compare import assert_parity, errors
 from tests.ops.test_linear_angular import random_qkv, value_and_gradients
@@ -20,10 +20,15 @@ def block_elements(request, monkeypatch):
     monkeypatch.setattr(module, "_BLOCK_ELEMENTS", request.param * (50 if request.param == 200 else 1))
 
 
+def packed(q, k, v, threshold):
+    return masked_softmax_packed(torch.stack((q, k, v), dim=2).permute(0, 3, 2, 1, 4), threshold)
+
+
+@pytest.mark.parametrize("function", [masked_softmax, packed], ids=["apart", "packed"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("multiple", [0.0, 0.7, 1.5, 4.0])
 @pytest.mark.parametrize("tokens", [1, 7, 63])
-def test_equals_naive_twin(tokens, multiple, dtype, block_elements):
+def test_equals_naive_twin(tokens, multiple, dtype, function, block_elements):
     inputs = random_qkv(tokens, dtype=dtype)
     exact = [x.detach().double().requires_grad_() for x in inputs]
     threshold = multiple / tokens * 0.999
@@ -36,7 +41,7 @@ def test_equals_naive_twin(tokens, multiple, dtype, block_elements):
         return [*value_and_gradients(out_and_mass, tensors), function(*tensors, threshold).kept_fraction]
 
     bound = 1e-12 if dtype == torch.float64 else 2e-4
-    fast, slow = both(masked_softmax, inputs), both(naive.masked_softmax, exact)
+    fast, slow = both(function, inputs), both(naive.masked_softmax, exact)
     for what, actual, expected in zip(("out", "dq", "dk", "dv", "fraction"), fast, slow, strict=True):
         if expected.abs().max() < 1e-12:
             assert actual.abs().max() < 1e-5, what
@@ -44,9 +49,10 @@ def test_equals_naive_twin(tokens, multiple, dtype, block_elements):
             assert_parity(actual, expected, rms=bound, maximum=10 * bound, what=what)
 
 
-def test_gradcheck():
+@pytest.mark.parametrize("function", [masked_softmax, packed], ids=["apart", "packed"])
+def test_gradcheck(function):
     q, k, v = (x.detach()[:1, :2, :5, :3].contiguous().requires_grad_() for x in random_qkv(11))
-    assert torch.autograd.gradcheck(lambda *x: masked_softmax(*x, 0.1)[:2], (q, k, v))
+    assert torch.autograd.gradcheck(lambda *x: function(*x, 0.1)[:2], (q, k, v))
 
 
 def test_negative_control_threshold_off_by_a_step():
