@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from castling_det.conversion.manifest import FeatureDrift, LayerMask, ProbeRecord
-from castling_det.layers import CastlingAttention
+from castling_det.layers import MaskedAttention
 
 __all__ = [
     "DEFAULT_SHAPE",
@@ -138,12 +138,12 @@ def measure(config: Config, probes: Probes, hybrid: nn.Module, linear: nn.Module
     return Measurement(ProbeRecord(kind, images, tuple(shapes), seed), occupancy, drift)
 
 
-def castling_layers(model: nn.Module) -> dict[str, CastlingAttention]:
+def castling_layers(model: nn.Module) -> dict[str, MaskedAttention]:
     """The layers whose softmax branch vanishes, by block (`blocks.3`) as MaskAnnealingHook names them."""
     return {
         name.removeprefix("backbone.").removesuffix(".attn"): module
         for name, module in model.named_modules()
-        if isinstance(module, CastlingAttention) and module.mode == "castling"
+        if isinstance(module, MaskedAttention) and module.mode == "castling"
     }
 
 
@@ -155,7 +155,7 @@ def _feature_maps(model: Any, batch: Tensor) -> dict[str, Tensor]:
     return maps
 
 
-def _worse_mask(worst: LayerMask | None, layer: CastlingAttention, tokens: int) -> LayerMask:
+def _worse_mask(worst: LayerMask | None, layer: MaskedAttention, tokens: int) -> LayerMask:
     stats = layer.mask_stats
     assert stats is not None, "eval_aux is on, so the forward has left its statistics"
     fraction, mass = float(stats.kept_fraction), float(stats.kept_mass)

@@ -11,7 +11,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 from castling_det.engine.schedules import SCHEDULES, MaskState, mask_state
-from castling_det.layers import CastlingAttention
+from castling_det.layers import MaskedAttention
 from castling_det.registry import HOOKS
 
 __all__ = ["MaskAnnealingHook"]
@@ -74,7 +74,7 @@ class MaskAnnealingHook(Hook):
         self.empty_from = empty_from
         self.fade = fade
         self.interval = interval
-        self._layers: dict[str, CastlingAttention] = {}
+        self._layers: dict[str, MaskedAttention] = {}
         self._state = MaskState(math.nan, math.nan)
 
     def before_train(self, runner: Runner) -> None:
@@ -170,12 +170,12 @@ class MaskAnnealingHook(Hook):
         return self.end
 
 
-def castling_layers(model: nn.Module) -> dict[str, CastlingAttention]:
+def castling_layers(model: nn.Module) -> dict[str, MaskedAttention]:
     """The attention layers in mode `"castling"`, by block (`blocks.3`), of a model that may be wrapped for DDP."""
     unwrapped: nn.Module = model.module if is_model_wrapper(model) else model  # type: ignore[assignment]
     backbone: nn.Module = getattr(unwrapped, "backbone", unwrapped)
     return {
         name.removesuffix(".attn"): module
         for name, module in backbone.named_modules()
-        if isinstance(module, CastlingAttention) and module.mode == "castling"
+        if isinstance(module, MaskedAttention) and module.mode == "castling"
     }

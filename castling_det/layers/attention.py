@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 from castling_det.layers.local_conv import LocalConv
 from castling_det.ops import NORMALIZERS, MaskedSoftmax, linear_angular_packed, masked_softmax_packed
 
-__all__ = ["ATTENTION_MODES", "THRESHOLD_UNITS", "CastlingAttention", "MaskStats"]
+__all__ = ["ATTENTION_MODES", "THRESHOLD_UNITS", "CastlingAttention", "MaskStats", "MaskedAttention"]
 
 ATTENTION_MODES = ("softmax", "linear", "castling")
 THRESHOLD_UNITS = ("absolute", "uniform")
@@ -22,12 +23,71 @@ class MaskStats(NamedTuple):
     """What the mask kept in the last forward; 0-d float tensors without gradient, in [0, 1]."""
 
     kept_fraction: Tensor
-    """Share of the N x N probabilities that are above the threshold."""
+    """Share of the probabilities, one for each query and key, that are above the threshold."""
     kept_mass: Tensor
     """Mean over rows of the probability that is kept."""
 
 
-class CastlingAttention(nn.Module):
+class MaskedAttention(nn.Module):
+    """What every attention with a vanishing softmax branch shares: its mode and the state of its mask.
+
+    By this class `MaskAnnealingHook` and conversion find their layers.
+
+    Args:
+        mode: `"softmax"`, `"linear"` or `"castling"`.
+        normalizer: `"l2"` (published) or `"kernel"`, see `castling_det.ops.linear_angular_attention`.
+        threshold: probabilities above it are kept by the mask; published 0.02.
+        threshold_unit: `"absolute"` (published), or `"uniform"`: multiples of 1/N, the probability of a uniform row.
+        eval_aux: keep the masked softmax branch in eval mode.
+
+    Attributes:
+        threshold, aux_scale: where the mask stands; the branch is multiplied by `aux_scale` in [0, 1].
+        mask_stats: what the mask kept in the last forward with the branch; None before.
+    """
+
+    def __init__(self, *, mode: str, normalizer: str, threshold: float, threshold_unit: str, eval_aux: bool) -> None:
+        super().__init__()
+        _check_choice("mode", mode, ATTENTION_MODES)
+        _check_choice("normalizer", normalizer, NORMALIZERS)
+        _check_choice("threshold_unit", threshold_unit, THRESHOLD_UNITS)
+        if not threshold >= 0:
+            raise ValueError(f"threshold={threshold}: expected a number >= 0 in the unit {threshold_unit!r}")
+        if eval_aux and mode != "castling":
+            raise ValueError(f"eval_aux=True: only mode='castling' has the softmax branch, got mode={mode!r}")
+        self.mode = mode
+        self.normalizer = normalizer
+        self.threshold = float(threshold)
+        self.threshold_unit = threshold_unit
+        self.aux_scale = 1.0
+        self.eval_aux = eval_aux
+        self.mask_stats: MaskStats | None = None
+
+    def absolute_threshold(self, num_tokens: int) -> float:
+        """The threshold as a probability for rows over `num_tokens` keys."""
+        return self.threshold / num_tokens if self.threshold_unit == "uniform" else self.threshold
+
+    def mask_is_empty(self, num_tokens: int) -> bool:
+        """Whether nothing passes, whatever the input: threshold >= 1 in probability, or the branch faded out."""
+        return self.absolute_threshold(num_tokens) >= 1 or self.aux_scale == 0
+
+    def _masked_branch(
+        self, branch: Callable[..., MaskedSoftmax], *inputs: Tensor, num_keys: int
+    ) -> MaskedSoftmax | None:
+        """`branch(*inputs, threshold)` where mode and mask ask for it, scaled; leaves its statistics."""
+        if self.mode != "castling" or not (self.training or self.eval_aux):
+            return None
+        if self.mask_is_empty(num_keys):
+            zero = torch.zeros((), device=inputs[0].device)
+            self.mask_stats = MaskStats(zero, zero)
+            return None
+        aux = branch(*inputs, self.absolute_threshold(num_keys))
+        self.mask_stats = MaskStats(aux.kept_fraction, aux.kept_mass.detach().float().mean())
+        if self.aux_scale == 1:
+            return aux
+        return aux._replace(out=aux.out * self.aux_scale, kept_mass=aux.kept_mass * self.aux_scale)
+
+
+class CastlingAttention(MaskedAttention):
     """Multi-head self-attention of Castling-ViT (arXiv 2211.10526) on a feature map of any size.
 
     Modes share the parameters `qkv`, `proj` and `dconv`, so that a state dict loads from one into another:
@@ -69,26 +129,14 @@ class CastlingAttention(nn.Module):
         num_prefix_tokens: int = 0,
         proj_drop: float = 0.0,
     ) -> None:
-        super().__init__()
+        super().__init__(
+            mode=mode, normalizer=normalizer, threshold=threshold, threshold_unit=threshold_unit, eval_aux=eval_aux
+        )
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f"num_heads={num_heads}: expected a divisor of dim={dim}; change num_heads or embed_dims")
-        _check_choice("mode", mode, ATTENTION_MODES)
-        _check_choice("normalizer", normalizer, NORMALIZERS)
-        _check_choice("threshold_unit", threshold_unit, THRESHOLD_UNITS)
-        if not threshold >= 0:
-            raise ValueError(f"threshold={threshold}: expected a number >= 0 in the unit {threshold_unit!r}")
-        if eval_aux and mode != "castling":
-            raise ValueError(f"eval_aux=True: only mode='castling' has the softmax branch, got mode={mode!r}")
         self.dim = dim
         self.num_heads = num_heads
-        self.mode = mode
-        self.normalizer = normalizer
-        self.threshold = float(threshold)
-        self.threshold_unit = threshold_unit
-        self.aux_scale = 1.0
-        self.eval_aux = eval_aux
         self.num_prefix_tokens = num_prefix_tokens
-        self.mask_stats: MaskStats | None = None
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.dconv = (
             LocalConv(
@@ -134,7 +182,7 @@ class CastlingAttention(nn.Module):
         qkv_BN3HK = qkv.unflatten(-1, (3, self.num_heads, self.dim // self.num_heads))
         local = None if self.dconv is None else partial(self._local, hw=hw)
         if self.mode != "softmax":
-            aux = self._masked_softmax_branch(qkv_BN3HK)
+            aux = self._masked_branch(masked_softmax_packed, qkv_BN3HK, num_keys=qkv.shape[1])
             return linear_angular_packed(qkv_BN3HK, normalizer=self.normalizer, aux=aux, local=local).flatten(-2)
         q_BNHK, k_BNHK, v_BNHK = qkv_BN3HK.unbind(2)
         y_BHNK = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q_BNHK, k_BNHK, v_BNHK)))
@@ -146,39 +194,18 @@ class CastlingAttention(nn.Module):
         y_BNHK: Tensor = self.dconv(v_BNHK.flatten(-2), hw).unflatten(-1, v_BNHK.shape[-2:])
         return y_BNHK
 
-    def absolute_threshold(self, num_tokens: int) -> float:
-        """The threshold as a probability for a sequence of `num_tokens`."""
-        return self.threshold / num_tokens if self.threshold_unit == "uniform" else self.threshold
-
-    def mask_is_empty(self, num_tokens: int) -> bool:
-        """Whether nothing passes, whatever the input: threshold >= 1 in probability, or the branch faded out."""
-        return self.absolute_threshold(num_tokens) >= 1 or self.aux_scale == 0
-
-    def _masked_softmax_branch(self, qkv_BN3HK: Tensor) -> MaskedSoftmax | None:
-        if self.mode != "castling" or not (self.training or self.eval_aux):
-            return None
-        tokens = qkv_BN3HK.shape[1]
-        if self.mask_is_empty(tokens):
-            zero = torch.zeros((), device=qkv_BN3HK.device)
-            self.mask_stats = MaskStats(zero, zero)
-            return None
-        aux = masked_softmax_packed(qkv_BN3HK, self.absolute_threshold(tokens))
-        self.mask_stats = MaskStats(aux.kept_fraction, aux.kept_mass.detach().float().mean())
-        if self.aux_scale == 1:
-            return aux
-        return aux._replace(out=aux.out * self.aux_scale, kept_mass=aux.kept_mass * self.aux_scale)
-
     def macs(self, num_tokens: int) -> dict[str, int]:
         """Multiply-adds of the deployed forward for one sequence of `num_tokens`, by kind.
 
-        Softmax: q k^T and p v, N * N * C each. Linear: k^T v and q (k^T v), N * K * C each, and the row sum of the
-        `"kernel"` normaliser, N * C. Norms, scalings and additions are not multiply-adds and count zero.
+        Softmax: q k^T and p v, N * N * C each. Linear: k^T v and q (k^T v), N * K * C each, and the row sums of the
+        `"kernel"` normaliser, the weighted sum of the keys and its product with q, N * C each. Norms, scalings and
+        additions are not multiply-adds and count zero.
         """
         if self.mode == "softmax":
             scores = values = num_tokens * num_tokens * self.dim
         else:
             values = num_tokens * self.dim * (self.dim // self.num_heads)
-            scores = values + (num_tokens * self.dim if self.normalizer == "kernel" else 0)
+            scores = values + (2 * num_tokens * self.dim if self.normalizer == "kernel" else 0)
         return {
             "attention_scores": scores,
             "attention_values": values,

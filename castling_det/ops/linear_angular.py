@@ -135,9 +135,9 @@ def _weighted_sum(
     per_token = 1.0 / v_BNHV.shape[1]
     k_scale_BNH1 = per_token / math.pi / k_length_BNH1
     # The scaled keys have no name, so that their memory is free, and in the caches, for the total.
-    kv_BHKV = (k_BNHK * k_scale_BNH1).permute(0, 2, 3, 1) @ v_BNHV.transpose(1, 2)
+    kv_BHKV = _matmul((k_BNHK * k_scale_BNH1).permute(0, 2, 3, 1), v_BNHV.transpose(1, 2))
     # |q| on all terms cancels as well, so that q is read once and never normalised.
-    total_BMHV = (q_BMHK.transpose(1, 2) @ kv_BHKV).transpose(1, 2)
+    total_BMHV = _matmul(q_BMHK.transpose(1, 2), kv_BHKV).transpose(1, 2)
     if normalizer == "l2":
         total_BMHV.addcmul_(own_BMHV, q_length_BMH1 * (0.5 * per_token))
         if aux is not None:
@@ -191,31 +191,41 @@ class _PackedUnitSum(torch.autograd.Function):
             along_BNH1 = torch.mul(grad_out, out_BNHK, out=grad_q_BNHK).sum(dim=-1, keepdim=True)
             grad_total_BNHK = torch.addcmul(grad_out, out_BNHK, along_BNH1, value=-1).mul_(factor_BNH1)
             grad_total_BHNK = grad_total_BNHK.transpose(1, 2)
-            grad_kv_BHKK = q_BNHK.permute(0, 2, 3, 1) @ grad_total_BHNK
+            grad_kv_BHKK = _matmul(q_BNHK.permute(0, 2, 3, 1), grad_total_BHNK)
 
             weighted_BNHK = torch.mul(v_BNHK, 0.5, out=grad_k_BNHK)
             if aux is not None:
                 weighted_BNHK.add_(aux.transpose(1, 2))
             grad_length_BNH1 = torch.mul(grad_total_BNHK, weighted_BNHK, out=grad_q_BNHK).sum(dim=-1, keepdim=True)
             q_factor_BNH1 = grad_length_BNH1 * (per_token / q_length_BNH1)
-            partial_BNHK = (grad_total_BHNK @ kv_BHKK.transpose(-2, -1)).transpose(1, 2)
+            partial_BNHK = _matmul(grad_total_BHNK, kv_BHKK.transpose(-2, -1)).transpose(1, 2)
             torch.addcmul(partial_BNHK, q_BNHK, q_factor_BNH1, out=grad_q_BNHK)
             del partial_BNHK
 
             k_scale_BNH1 = per_token / math.pi / k_length_BNH1
-            partial_BNHK = (v_BNHK.transpose(1, 2) @ grad_kv_BHKK.transpose(-2, -1)).transpose(1, 2)
+            partial_BNHK = _matmul(v_BNHK.transpose(1, 2), grad_kv_BHKK.transpose(-2, -1)).transpose(1, 2)
             along_BNH1 = torch.mul(partial_BNHK, k_BNHK, out=grad_k_BNHK).sum(dim=-1, keepdim=True)
             partial_BNHK.addcmul_(k_BNHK, along_BNH1 / k_length_BNH1.square(), value=-1)
             torch.mul(partial_BNHK, k_scale_BNH1, out=grad_k_BNHK)
             del partial_BNHK
 
-            partial_BNHK = (k_BNHK.transpose(1, 2) @ grad_kv_BHKK).transpose(1, 2)
+            partial_BNHK = _matmul(k_BNHK.transpose(1, 2), grad_kv_BHKK).transpose(1, 2)
             torch.addcmul(grad_v, partial_BNHK, k_scale_BNH1, out=grad_v_BNHK)
             del partial_BNHK
             weight_BNH1 = q_length_BNH1 * per_token
             grad_v_BNHK.addcmul_(grad_total_BNHK, weight_BNH1, value=0.5)
             grad_aux = None if aux is None else grad_total_BNHK.mul_(weight_BNH1).transpose(1, 2).to(aux.dtype)
         return grad_qkv.to(qkv.dtype), grad_aux
+
+
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b` over images and heads. torch copies strided heads first where there is more than one image; this not."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or len(a) == 1:
+        return a @ b
+    out = a.new_empty((*a.shape[:-1], b.shape[-1]))
+    for image in range(len(a)):
+        torch.bmm(a[image], b[image], out=out[image])
+    return out
 
 
 def _packed_norms(x_BN3HK: Tensor) -> tuple[Tensor, Tensor]:
@@ -226,7 +236,7 @@ def _packed_norms(x_BN3HK: Tensor) -> tuple[Tensor, Tensor]:
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor, own: Tensor | None) -> None:
     four = q.dim() == k.dim() == v.dim() == 4
-    paired = four and q.shape[:2] == k.shape[:2] == v.shape[:2] and q.shape[3] == k.shape[3] and k.shape[2] == v.shape[2]
+    paired = four and q.shape[:2] == k.shape[:2] and q.shape[3] == k.shape[3] and k.shape[:3] == v.shape[:3]
     if not paired or (own is not None and own.shape != (*q.shape[:3], v.shape[3])):
         shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
         raise ValueError(

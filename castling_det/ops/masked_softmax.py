@@ -25,20 +25,20 @@ class MaskedSoftmax(NamedTuple):
     """The branch's output and what its mask kept."""
 
     out: Tensor
-    """(B, H, N, K), `(p * [p > threshold]) @ v`."""
+    """(B, H, M, V), `(p * [p > threshold]) @ v`."""
     kept_mass: Tensor
-    """(B, H, N), the kept probability of each row, in [0, 1]; differentiable."""
+    """(B, H, M), the kept probability of each row, in [0, 1]; differentiable."""
     kept_fraction: Tensor
-    """0-d float32, the kept share of all N x N entries, in [0, 1]; no gradient."""
+    """0-d float32, the kept share of all M x N entries, in [0, 1]; no gradient."""
 
 
 def masked_softmax(q: Tensor, k: Tensor, v: Tensor, threshold: float, *, scale: float | None = None) -> MaskedSoftmax:
     """Computes `p = softmax(scale * q k^T)`, keeps `p > threshold` (rows are not renormalised) and multiplies by v.
 
     Args:
-        q: queries, (B, H, N, K), any float dtype.
+        q: queries, (B, H, M, K), any float dtype; M = N where each token asks.
         k: keys, (B, H, N, K).
-        v: values, (B, H, N, K).
+        v: values, (B, H, N, V).
         threshold: probability in [0, inf]. From 1 on nothing is kept for certain, and nothing is computed.
         scale: factor on the logits; None is K ** -0.5.
 
@@ -92,13 +92,13 @@ def masked_softmax_attention(
 # Operators of torch's library, so that torch.compile and torch.export take each as one node.
 @torch.library.custom_op("castling_det::masked_softmax", mutates_args=())
 def _forward(q: Tensor, k: Tensor, v: Tensor, threshold: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Output (B, H, N, K), strided as v, kept mass (B, H, N) and the number of kept entries, 0-d int64."""
-    out = torch.zeros_like(v)
-    kept_mass = v.new_zeros(v.shape[:-1])
+    """Output (B, H, M, V), token by token, kept mass (B, H, M) and the number of kept entries, 0-d int64."""
+    out = _empty_output(q, v).zero_()
+    kept_mass = v.new_zeros(q.shape[:-1])
     count = torch.zeros((), dtype=torch.long, device=v.device)
     # No probability is above 1, though a computed one may round to a little more: 1 keeps nothing.
     limit = float(threshold)
-    for heads, rows in _blocks(q) if limit < 1 else ():
+    for heads, rows in _blocks(q, k) if limit < 1 else ():
         sparse_GMN = F.threshold(_probabilities(q[rows] * scale, k[heads]), limit, 0.0, inplace=True)
         count += sparse_GMN.count_nonzero()
         kept_mass[rows] = sparse_GMN.sum(dim=-1)
@@ -141,7 +141,7 @@ def _add_gradients(
     # sum_j p_ij dL/dp_ij of softmax's backward without the N products: the kept p_ij sum up to the outputs.
     row_sums = (grad_out * out).sum(dim=-1) + grad_mass * kept_mass
     limit = float(threshold)
-    for heads, rows in _blocks(q) if limit < 1 else ():
+    for heads, rows in _blocks(q, k) if limit < 1 else ():
         if not kept_mass[rows].any():
             continue
         scaled_q_GMK, grad_GMK = q[rows] * scale, grad_out[rows]
@@ -157,7 +157,7 @@ def _add_gradients(
 
 @_forward.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, threshold: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(v), v.new_empty(v.shape[:-1]), v.new_empty((), dtype=torch.long)
+    return _empty_output(q, v), v.new_empty(q.shape[:-1]), v.new_empty((), dtype=torch.long)
 
 
 @_backward.register_fake
@@ -212,16 +212,23 @@ class _Packed(torch.autograd.Function):
         return grad_qkv.to(qkv.dtype), None, None
 
 
-def _blocks(q_BHNK: Tensor) -> Iterator[tuple[tuple[int, slice], tuple[int, slice, slice]]]:
+def _empty_output(q: Tensor, v: Tensor) -> Tensor:
+    batch, num_heads, queries, _ = q.shape
+    # Heads side by side, as the values have them in a packed projection: merging them is a view.
+    return v.new_empty((batch, queries, num_heads, v.shape[-1])).transpose(1, 2)
+
+
+def _blocks(q: Tensor, k: Tensor) -> Iterator[tuple[tuple[int, slice], tuple[int, slice, slice]]]:
     """Indices of heads, and of queries in them, that hold at most `_BLOCK_ELEMENTS` probabilities, or one row."""
-    batch, num_heads, tokens, _ = q_BHNK.shape
-    rows = min(tokens, max(1, _BLOCK_ELEMENTS // max(1, tokens)))
+    batch, num_heads, queries, _ = q.shape
+    tokens = k.shape[2]
+    rows = min(queries, max(1, _BLOCK_ELEMENTS // max(1, tokens)))
     heads = max(1, _BLOCK_ELEMENTS // max(1, rows * tokens))
     for image in range(batch):
         for head in range(0, num_heads, heads):
-            for row in range(0, tokens, rows):
+            for row in range(0, queries, rows):
                 group = slice(head, min(head + heads, num_heads))
-                yield (image, group), (image, group, slice(row, min(row + rows, tokens)))
+                yield (image, group), (image, group, slice(row, min(row + rows, queries)))
 
 
 def _probabilities(scaled_q_GMK: Tensor, k_GNK: Tensor) -> Tensor:

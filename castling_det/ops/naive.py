@@ -13,13 +13,20 @@ __all__ = ["linear_angular_attention", "masked_softmax", "masked_softmax_attenti
 
 
 def linear_angular_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, normalizer: str = "l2", aux: MaskedSoftmax | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    normalizer: str = "l2",
+    aux: MaskedSoftmax | None = None,
+    v_at_q: Tensor | None = None,
 ) -> Tensor:
     """Twin of `castling_det.ops.linear_angular_attention`, O(N^2); zero tokens are not defined here."""
     q64, k64, v64 = q.double(), k.double(), v.double()
     cosine = torch.nn.functional.cosine_similarity(q64.unsqueeze(-2), k64.unsqueeze(-3), dim=-1, eps=0)
     if normalizer == "l2":
-        total = v64 / 2 + cosine @ v64 / math.pi
+        own64 = v64 if v_at_q is None else v_at_q.double()
+        total = own64 / 2 + cosine @ v64 / math.pi
         if aux is not None:
             total = total + aux.out.double()
         normalised: Tensor = total / total.norm(dim=-1, keepdim=True)
@@ -33,7 +40,7 @@ def linear_angular_attention(
 
 
 def masked_softmax(q: Tensor, k: Tensor, v: Tensor, threshold: float, *, scale: float | None = None) -> MaskedSoftmax:
-    """Twin of `castling_det.ops.masked_softmax`, with the whole N x N matrix."""
+    """Twin of `castling_det.ops.masked_softmax`, with the whole M x N matrix."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     p = torch.softmax(scale * (q.double() @ k.double().transpose(-2, -1)), dim=-1)
     kept = p > threshold
