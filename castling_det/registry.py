@@ -15,7 +15,15 @@ from typing import Any
 from mmengine import registry as mmengine_registry
 from mmengine.registry import Registry
 
-__all__ = ["DATASETS", "HOOKS", "MODELS", "OPTIM_WRAPPER_CONSTRUCTORS", "WEIGHT_INITIALIZERS", "HostedRegistry"]
+__all__ = [
+    "DATASETS",
+    "HOOKS",
+    "MODELS",
+    "OPTIM_WRAPPER_CONSTRUCTORS",
+    "TASK_UTILS",
+    "WEIGHT_INITIALIZERS",
+    "HostedRegistry",
+]
 
 SCOPE = "castling_det"
 HOST = "mmdet"
@@ -31,7 +39,6 @@ BORROWED = (
     "PARAM_SCHEDULERS",
     "RUNNERS",
     "RUNNER_CONSTRUCTORS",
-    "TASK_UTILS",
     "TRANSFORMS",
     "VISBACKENDS",
     "VISUALIZERS",
@@ -65,5 +72,6 @@ MODELS = _registry("MODELS", "castling_det.models")
 DATASETS = _registry("DATASETS", "castling_det.datasets.coco")
 HOOKS = _registry("HOOKS", "castling_det.engine")
 OPTIM_WRAPPER_CONSTRUCTORS = _registry("OPTIM_WRAPPER_CONSTRUCTORS", "castling_det.engine")
+TASK_UTILS = _registry("TASK_UTILS", "castling_det.models")
 WEIGHT_INITIALIZERS = _registry("WEIGHT_INITIALIZERS", "castling_det.conversion.pretrained")
 _borrowed = [_registry(kind) for kind in BORROWED]

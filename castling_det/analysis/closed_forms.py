@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from castling_det.layers import CastlingAttention
+from castling_det.layers import CastlingAttention, LevitAttention, PooledAttention
 
 __all__ = ["Call", "ClosedForm", "closed_form", "register_closed_form", "uncounted"]
 
@@ -116,6 +116,18 @@ def _transposed_convolution(module: nn.modules.conv._ConvTransposeNd, call: Call
 def _castling_attention(module: CastlingAttention, call: Call) -> dict[str, int]:
     batch, tokens, _ = _first(call).shape
     return {kind: batch * macs for kind, macs in module.macs(tokens).items()}
+
+
+@register_closed_form(PooledAttention)
+def _pooled_attention(module: PooledAttention, call: Call) -> dict[str, int]:
+    hw = call[0][1] if len(call[0]) > 1 else call[1]["hw"]
+    return {kind: len(_first(call)) * macs for kind, macs in module.macs(hw).items()}
+
+
+@register_closed_form(LevitAttention)
+def _levit_attention(module: LevitAttention, call: Call) -> dict[str, int]:
+    hw = call[0][1] if len(call[0]) > 1 else call[1]["hw"]
+    return {kind: len(_first(call)) * macs for kind, macs in module.macs(hw).items()}
 
 
 @register_closed_form(nn.MultiheadAttention)

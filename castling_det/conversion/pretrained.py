@@ -1,4 +1,4 @@
-"""Initialising `CastlingViT` from a local timm, DeiT or DINOv2 ViT checkpoint, with a report.
+"""Initialising a backbone from a local timm, DeiT, DINOv2, LeViT or MViTv2 checkpoint, with a report.
 
 Total and loud: every entry of the file is loaded, or dropped with a reason, or refused; every parameter of
 the model is filled or listed as new.
@@ -16,21 +16,15 @@ from mmengine.logging import print_log
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import Tensor, nn
 
+from castling_det.conversion import levit_keys, mvit_keys, vit_keys
 from castling_det.conversion.checkpoints import load_checkpoint
-from castling_det.conversion.vit_keys import (
-    adopt_distillation_token,
-    drop_reason,
-    is_square,
-    renamed,
-    split_positions,
-    unknown_message,
-)
+from castling_det.conversion.vit_keys import adopt_distillation_token, is_square, split_positions
 from castling_det.conversion.weights import select_weights
 from castling_det.registry import WEIGHT_INITIALIZERS
 
 __all__ = ["LoadReport", "PretrainedViT", "load_pretrained"]
 
-_NEVER_IN_A_VIT = re.compile(r"stem\.|blocks\.\d+\.attn\.dconv\.")
+_NEVER_IN_A_VIT = re.compile(r"stem\.\d|.*\.attn(_downsample)?\.dconv\.|norm\d\.")
 
 
 @dataclass(frozen=True)
@@ -77,15 +71,15 @@ class LoadReport:
 def load_pretrained(
     backbone: nn.Module, path: str | os.PathLike[str], *, min_fraction: float = 0.95, weights: str = "auto"
 ) -> LoadReport:
-    """Fills a `CastlingViT` from a checkpoint file, in place.
+    """Fills a `CastlingViT`, `CastlingLeViT` or `CastlingMViT` from a checkpoint file, in place.
 
     The position embedding is interpolated to the model's grid and the patch kernel resampled to its patch
     size. The class token takes up its own position, since the model keeps positions for patches only: the
     same function.
 
     Args:
-        backbone: a `CastlingViT`.
-        path: `.pth`, `.pt` or `.safetensors` of timm, DeiT, DINOv2, or of a detector with this backbone.
+        backbone: a `CastlingViT`, `CastlingLeViT` or `CastlingMViT`.
+        path: `.pth`, `.pt` or `.safetensors` of timm, DeiT, DINOv2, LeViT, MViTv2, or of a detector with this backbone.
         min_fraction: smallest share to be loaded, in [0, 1], of the parameters that a ViT checkpoint can
             hold; the local convolutions and a convolutional stem are not counted.
         weights: `"auto"`, `"ema"` or `"online"`, as `castling_det.conversion.select_weights` takes it.
@@ -98,15 +92,18 @@ def load_pretrained(
         raise ValueError(f"min_fraction={min_fraction}: expected a share in [0, 1], such as 0.95")
     dropped: dict[str, str] = {}
     resized: dict[str, str] = {}
-    source = renamed(select_weights(load_checkpoint(path), path, weights).tensors, dropped)
     target = backbone.state_dict()
+    keys = next((table for table in (levit_keys, mvit_keys) if table.fits(target)), vit_keys)
+    source = keys.renamed(select_weights(load_checkpoint(path), path, weights).tensors, dropped)
     adopt_distillation_token(source, target)
     split_positions(source, target, resized)
     filled = {name: value for name, value in source.items() if name in target}
-    reasons = {name: drop_reason(name, target) for name in source if name not in target}
+    reasons = {name: keys.drop_reason(name, target) for name in source if name not in target}
     if unknown := [name for name, reason in reasons.items() if not reason]:
-        raise ValueError(f"checkpoint {path}: {unknown_message(unknown)}")
+        raise ValueError(f"checkpoint {path}: {keys.unknown_message(unknown)}")
     _resample(filled, backbone, resized)
+    for table in (levit_keys, mvit_keys):
+        table.resize_tables(filled, target, resized)
     _check_shapes(path, filled, target)
     report = _report(path, backbone, filled, resized, {**dropped, **reasons})
     if report.vit_fraction < min_fraction:
@@ -165,7 +162,7 @@ def _check_shapes(path: str | os.PathLike[str], filled: dict[str, Tensor], targe
     if wrong:
         raise ValueError(
             f"checkpoint {path}: {len(wrong)} shapes differ from the backbone's, such as "
-            f"{'; '.join(wrong[:3])}; give the backbone its embed_dims, mlp_ratio and in_channels"
+            f"{'; '.join(wrong[:3])}; give the backbone its arch or embed_dims, mlp_ratio and in_channels"
         )
 
 
@@ -192,5 +189,5 @@ def _report(
 
 def _by_kind(names: tuple[str, ...]) -> list[str]:
     """One line for the same parameter of every block."""
-    counts = Counter(re.sub(r"^blocks\.\d+\.", "blocks.*.", name) for name in names)
+    counts = Counter(re.sub(r"\b(stages|blocks)\.\d+\.", r"\1.*.", name) for name in names)
     return [name if count == 1 else f"{name} ({count})" for name, count in counts.items()]

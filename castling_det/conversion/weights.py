@@ -12,7 +12,7 @@ from torch import Tensor
 __all__ = ["STATE_DICT_KEYS", "WEIGHTS", "Weights", "select_weights"]
 
 WEIGHTS = ("auto", "ema", "online")
-STATE_DICT_KEYS = ("state_dict", "model", "teacher")
+STATE_DICT_KEYS = ("state_dict", "model", "teacher", "model_state")
 
 # An averaged beside a trained copy: mmengine's EMAHook swaps the two when it saves, so that `state_dict` is
 # the average; timm and DeiT keep the average under a name of its own.

@@ -17,10 +17,10 @@ __all__ = ["CycleEMAHook"]
 class CycleEMAHook(EMAHook):
     """mmengine's `EMAHook` with `MomentumAnnealingEMA`, restarted from the current weights every `cycle_epochs`.
 
-    The weight of the newest iterate is `max(momentum, gamma / (gamma + t))`, t iterations after the restart; the
-    defaults are the published `1 - min(0.9998, (1 + t) / (10 + t))`. The average starts as a copy of the weights, where
-    the published one starts from zeros and divides the bias out. The restart follows from the epoch alone and the count
-    t lies in the checkpoint, so that a resumed run goes on as if it had not stopped.
+    The weight of the newest iterate is `max(momentum, gamma / (gamma + t))`, t iterations after the restart; at t = 0
+    the average is a copy of the weights. With the defaults that is, one iteration late, the published
+    `1 - min(0.9998, (1 + t) / (10 + t))`, whose average starts from zeros and divides the bias out. The restart follows
+    from the epoch and t lies in the checkpoint, so that a resumed run goes on as if it had not stopped.
 
     Args:
         cycle_epochs: epochs between two restarts; published: 40 of 300.
@@ -34,9 +34,7 @@ class CycleEMAHook(EMAHook):
     ) -> None:
         if cycle_epochs < 1:
             raise ValueError(f"cycle_epochs={cycle_epochs}: expected at least 1 epoch, such as 40")
-        super().__init__(
-            ema_type="MomentumAnnealingEMA", momentum=momentum, gamma=gamma, update_buffers=update_buffers
-        )
+        super().__init__(ema_type="MomentumAnnealingEMA", momentum=momentum, gamma=gamma, update_buffers=update_buffers)
         self.cycle_epochs = cycle_epochs
 
     def before_train(self, runner: Runner) -> None:

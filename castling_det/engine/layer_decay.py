@@ -35,7 +35,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         if backbone is None or not hasattr(backbone, "get_layer_depth"):
             raise ValueError(
                 f"optim_wrapper.constructor: {type(module).__name__} has no backbone with get_layer_depth(); "
-                "use castling_det.CastlingViT, or mmengine's DefaultOptimWrapperConstructor"
+                "use castling_det.CastlingViT or CastlingMViT, or mmengine's DefaultOptimWrapperConstructor"
             )
         super().add_params(params, module, prefix, **kwargs)
         names = {id(parameter): name for name, parameter in module.named_parameters()}

@@ -236,7 +236,7 @@ def test_the_record_survives_json_and_prints_its_unit(tmp_path: Path) -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         complexity.macs = 0  # type: ignore[misc]
     (tmp_path / "c.json").write_text(json.dumps({"schema": "other"}))
-    with pytest.raises(ValueError, match=r"c\.json: expected schema"):
+    with pytest.raises(ValueError, match=r"c\.json: schema='other': expected"):
         read_complexity(tmp_path / "c.json")
 
 

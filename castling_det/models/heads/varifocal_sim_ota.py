@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from mmdet.models.task_modules.assigners import AssignResult, SimOTAAssigner
 from mmdet.models.task_modules.assigners.sim_ota_assigner import INF
-from mmengine.registry import TASK_UTILS
 from mmengine.structures import InstanceData
 from torch import Tensor
 
-import castling_det.registry  # noqa: F401  # gives TASK_UTILS its child of this scope
+from castling_det.registry import TASK_UTILS
 
 __all__ = ["VarifocalSimOTAAssigner", "varifocal_costs"]
 
@@ -19,7 +16,7 @@ _LOWEST_LOG = -100.0
 """As torch's binary cross entropy of probabilities clamps its logarithms."""
 
 
-@TASK_UTILS.children["castling_det"].register_module()
+@TASK_UTILS.register_module()
 class VarifocalSimOTAAssigner(SimOTAAssigner):
     """MMDetection's SimOTA (candidates, dynamic k, conflicts) with the cost varifocal loss + weight * GIoU loss.
 
@@ -54,7 +51,6 @@ class VarifocalSimOTAAssigner(SimOTAAssigner):
         pred_instances: InstanceData,
         gt_instances: InstanceData,
         gt_instances_ignore: InstanceData | None = None,
-        **_: Any,
     ) -> AssignResult:
         """Picks the priors of each box of an image.
 

@@ -1,8 +1,9 @@
-"""PicoDet's CSP-PAN (arXiv 2111.00902): a path aggregation network of depthwise 5x5 convolutions, with an extra level."""
+"""PicoDet's CSP-PAN (arXiv 2111.00902): path aggregation with depthwise 5x5 convolutions, and an extra level."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -69,14 +70,10 @@ class CSPPAN(BaseModule):
         self.out_channels = out_channels
         self.num_outs = num_outs
 
-        def mixer() -> CSPLayer:
-            return _CSPLayer(2 * out_channels, out_channels, kernel_size, num_csp_blocks, style)
-
-        def downsample() -> nn.Module:
-            return DepthwiseSeparableConvModule(
-                out_channels, out_channels, kernel_size, stride=2, padding=kernel_size // 2, **style
-            )
-
+        mixer = partial(_CSPLayer, out_channels, kernel_size, num_csp_blocks, style)
+        downsample = partial(
+            DepthwiseSeparableConvModule, out_channels, out_channels, kernel_size, 2, kernel_size // 2, **style
+        )
         self.reduce = nn.ModuleList(ConvModule(channels, out_channels, 1, **style) for channels in in_channels)
         self.top_down = nn.ModuleList(mixer() for _ in range(num_ins - 1))
         self.downsamples = nn.ModuleList(downsample() for _ in range(num_ins - 1))
@@ -110,13 +107,14 @@ class CSPPAN(BaseModule):
 
 
 class _CSPLayer(CSPLayer):
-    """MMDetection's cross-stage partial layer with bottlenecks of any depthwise kernel size and no identity in them."""
+    """MMDetection's cross-stage partial layer, 2 C channels to C, with depthwise bottlenecks without identity.
 
-    def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int, num_blocks: int, style: dict[str, Any]
-    ) -> None:
-        super().__init__(in_channels, out_channels, num_blocks=0, **style)
-        width = out_channels // 2
+    MMDetection's own bottlenecks are 3x3.
+    """
+
+    def __init__(self, channels: int, kernel_size: int, num_blocks: int, style: dict[str, Any]) -> None:
+        super().__init__(2 * channels, channels, num_blocks=0, **style)
+        width = channels // 2
         self.blocks = nn.Sequential(
             *(
                 nn.Sequential(

@@ -1,0 +1,192 @@
+"""MViTv2 files of timm, its authors and mmpretrain into `CastlingMViT`: the same features as timm's, a full report."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import timm
+import torch
+from mmengine.registry import MODELS
+from timm.models.mvitv2 import MultiScaleVit, MultiScaleVitCfg, checkpoint_filter_fn
+
+from castling_det.conversion import load_pretrained
+from castling_det.conversion.mvit_keys import drop_reason, fits, renamed
+from castling_det.models import CastlingMViT
+from tests.compare import assert_parity, errors
+from tests.layers.test_attention import randomised
+
+ARCH = dict(depths=(1, 2, 3, 1), embed_dims=8)
+
+
+@pytest.fixture(scope="module")
+def model():
+    """timm's MViTv2 of a small width, every parameter random."""
+    cfg = MultiScaleVitCfg(depths=ARCH["depths"], embed_dim=ARCH["embed_dims"])
+    return randomised(MultiScaleVit(cfg, img_size=(64, 64), num_classes=5)).eval()
+
+
+def ours(attention="softmax", **options):
+    return CastlingMViT(**{"arch": ARCH, "attention": attention, "img_size": 64, **options}).eval()
+
+
+@pytest.fixture
+def saved(tmp_path):
+    def save(state, wrap=None):
+        torch.save({wrap: state} if wrap else state, tmp_path / "weights.pth")
+        return tmp_path / "weights.pth"
+
+    return save
+
+
+def authors(state):
+    """The authors' names: blocks numbered through, a block's own `proj`, another head."""
+    depths, numbered = ARCH["depths"], {}
+    for name, value in state.items():
+        if found := re.match(r"stages\.(\d)\.blocks\.(\d)\.(.*)", name):
+            number = sum(depths[: int(found[1])]) + int(found[2])
+            name = f"blocks.{number}.{found[3].replace('shortcut_proj_attn', 'proj')}"
+        numbered[name.replace("head.fc", "head.projection")] = value
+    return numbered
+
+
+def mmpretrains(state):
+    """mmpretrain's: the authors' but for the patch embedding and the norms, under a classifier's `backbone.`."""
+    named = {}
+    for name, value in authors(state).items():
+        name = re.sub(r"^norm\.", "norm3.", name.replace("patch_embed.proj", "patch_embed.projection"))
+        named[name.replace("head.projection", "head.fc") if name.startswith("head") else f"backbone.{name}"] = value
+    return named
+
+
+@torch.inference_mode()
+def last_maps(model, backbone, size=(64, 64)):
+    image = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1))
+    actual = backbone(image)[-1]
+    return actual, model.forward_features(image).transpose(1, 2).reshape(actual.shape)
+
+
+@pytest.mark.parametrize("wrap", [None, "state_dict", "model", "model_state"])
+@pytest.mark.parametrize("layout", [dict, authors, mmpretrains])
+def test_features_equal_timms(layout, wrap, model, saved):
+    backbone = ours()
+    report = load_pretrained(backbone, saved(layout(model.state_dict()), wrap))
+    assert_parity(*last_maps(model, backbone), rms=1e-5, maximum=1e-4)
+    assert report.vit_fraction == 1 and report.fraction > 0.95
+    assert {re.sub(r"\d", "*", name) for name in report.new} == {
+        "stages.*.blocks.*.attn.dconv.weight", "norm*.weight", "norm*.bias"
+    }  # fmt: skip
+    assert not any(name.startswith("norm3") for name in report.new)
+    assert len(report.dropped) == 2 and all(name.startswith("head") for name in report.dropped)
+    assert not report.resized
+
+
+def test_the_parity_check_sees_a_wrong_load(model, saved):
+    backbone = ours()
+    load_pretrained(backbone, saved(model.state_dict()))
+    good = errors(*last_maps(model, backbone))[0]
+    blocks = backbone.stages[2]["blocks"]
+    blocks[1], blocks[2] = blocks[2], blocks[1]  # as if the blocks were counted wrongly
+    assert errors(*last_maps(model, backbone))[0] > max(100 * good, 1e-4)
+
+
+@pytest.mark.parametrize("attention", ["castling", "linear"])
+def test_softmax_weights_into_the_hybrid(attention, model, saved):
+    backbone = ours(attention)
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    report = load_pretrained(backbone, saved(model.state_dict()))
+    state, source = backbone.state_dict(), model.state_dict()
+    tables = [name for name in source if "rel_pos" in name]
+    assert len(tables) == 2 * sum(ARCH["depths"])
+    assert all(report.dropped[name].startswith("relative positions are N x N logits") for name in tables)
+    for name in source.keys() - set(tables):
+        if not name.startswith(("head", "norm")):
+            assert torch.equal(state[name], source[name]), name
+    assert torch.equal(state["norm3.weight"], source["norm.weight"])
+    assert report.new and all(torch.equal(state[name], before[name]) for name in report.new)
+    assert set(report.loaded) | set(report.new) == set(state) and report.vit_fraction == 1
+    text = str(report)
+    assert "stages.*.blocks.*.attn.dconv.weight (7)" in text and "norm0.weight" in text and "rel_pos_h" in text
+
+
+@pytest.mark.parametrize("img_size", [96, 32])
+def test_relative_positions_are_resized_as_timm_does(img_size, model, saved):
+    cfg = MultiScaleVitCfg(depths=ARCH["depths"], embed_dim=ARCH["embed_dims"])
+    other = MultiScaleVit(cfg, img_size=(img_size, img_size), num_classes=5).eval()
+    other.load_state_dict(checkpoint_filter_fn(dict(model.state_dict()), other))
+    backbone = ours(img_size=img_size)
+    report = load_pretrained(backbone, saved(model.state_dict()))
+    assert_parity(*last_maps(other, backbone, (img_size, img_size)), rms=1e-5, maximum=1e-4)
+    expected = f"31 to {img_size // 2 - 1} distances, linear"
+    assert report.resized["stages.0.blocks.0.attn.rel_pos_h"] == expected
+    assert len(report.resized) == 2 * sum(ARCH["depths"])
+
+
+def test_mvitv2_tiny_of_timm_fills_the_backbone_to_the_last_parameter():
+    with torch.device("meta"):
+        source = timm.create_model("mvitv2_tiny", pretrained=False).state_dict()
+        target = CastlingMViT("tiny", attention="softmax", local_conv=None).state_dict()
+    dropped = {}
+    found = renamed(source, dropped)
+    assert fits(target) and not dropped
+    assert {k: v.shape for k, v in found.items() if k in target} == {
+        k: v.shape for k, v in target.items() if not k.startswith(("norm0", "norm1", "norm2"))
+    }
+    assert {k for k in found if k not in target} == {"head.fc.weight", "head.fc.bias"}
+
+
+def test_a_detectors_backbone_loads_into_itself(saved):
+    source, target = (randomised(ours("castling"), seed) for seed in (1, 2))
+    detector = {f"backbone.{name}": value for name, value in source.state_dict().items()}
+    report = load_pretrained(target, saved(detector | {"bbox_head.w": torch.zeros(1)}, "state_dict"))
+    torch.testing.assert_close(dict(target.state_dict()), dict(source.state_dict()), rtol=0, atol=0)
+    assert report.fraction == 1 and not report.new and list(report.dropped) == ["bbox_head.w"]
+
+
+def test_stages_that_are_not_built_are_dropped_by_name(model, saved):
+    backbone = ours(out_indices=(0, 2))
+    report = load_pretrained(backbone, saved(model.state_dict()))
+    assert report.dropped["stages.3.blocks.0.attn.qkv.weight"] == "the model has no stages.3.blocks.0"
+    assert report.dropped["norm3.weight"] == "the model does not return this stage"
+    assert report.vit_fraction == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(arch=dict(depths=(1, 2, 6, 1), embed_dims=8)), "are in it, expected at least min_fraction"),
+        (dict(arch=dict(depths=(1, 2, 3, 1), embed_dims=16)), "shapes differ"),
+        (dict(mlp_ratio=2.0), "shapes differ.*mlp_ratio"),
+        (dict(qkv_bias=False), r"no place in the backbone.*qkv\.bias.*qkv_bias"),
+    ],
+)
+def test_another_architecture_is_refused_and_leaves_the_backbone_as_it_was(options, message, model, saved):
+    backbone = ours(**options)
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    with pytest.raises(ValueError, match=re.compile(message, re.DOTALL)):
+        load_pretrained(backbone, saved(model.state_dict()))
+    torch.testing.assert_close(dict(backbone.state_dict()), before, rtol=0, atol=0)
+
+
+def test_a_plain_vit_and_an_absolute_position_embedding_are_refused(model, saved):
+    vit = timm.create_model("vit_tiny_patch16_224", depth=2, num_classes=5).state_dict()
+    with pytest.raises(ValueError, match=r"pos_embed.*take an MViTv2 without position embedding"):
+        load_pretrained(ours(), saved(vit))
+    with pytest.raises(ValueError, match=r"1 entries .* such as pos_embed"):
+        load_pretrained(ours(), saved({**model.state_dict(), "pos_embed": torch.zeros(1, 257, 8)}))
+
+
+def test_every_reason_for_dropping():
+    target = ours("linear").state_dict()
+    assert "class token" in drop_reason("cls_token", target)
+    assert drop_reason("neck.conv.weight", target) == "no part of an MViTv2 backbone"
+    assert drop_reason("stages.0.blocks.0.attn.unknown", target) == ""
+
+
+def test_init_cfg_reads_the_file_before_training(model, saved):
+    config = dict(type="castling_det.CastlingMViT", arch=ARCH, attention="softmax", img_size=64)
+    init_cfg = dict(type="castling_det.Pretrained", checkpoint=str(saved(model.state_dict())))
+    backbone = MODELS.build(dict(config, init_cfg=init_cfg)).eval()
+    assert errors(*last_maps(model, backbone))[0] > 0.1
+    backbone.init_weights()
+    assert_parity(*last_maps(model, backbone), rms=1e-5, maximum=1e-4)

@@ -1,0 +1,472 @@
+"""`PicoHead` and its assignment: published parameter counts, oracles, decoding, empty images, the base configs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmcv.transforms import Compose
+from mmdet.registry import MODELS, TASK_UTILS
+from mmdet.structures import DetDataSample
+from mmdet.structures.bbox import HorizontalBoxes
+from mmengine.config import Config, ConfigDict
+from mmengine.logging import MessageHub
+from mmengine.model import BaseModule
+from mmengine.registry import OPTIMIZERS, PARAM_SCHEDULERS, init_default_scope
+from mmengine.structures import InstanceData
+from torch import nn
+
+from castling_det.analysis.complexity import detector_complexity
+from castling_det.models import PicoHead, VarifocalSimOTAAssigner
+from tests.compare import assert_parity, errors
+from tests.models.test_csp_pan import PUBLISHED, conv_bn, neck_params, separable
+from tests.oracles import picodet as oracle
+
+BASES = Path(__file__).resolve().parents[2] / "configs" / "_base_"
+MODEL = BASES / "models" / "picodet_csppan_pico-head.py"
+ASSIGNER = dict(type="castling_det.VarifocalSimOTAAssigner")
+TEST_CFG = ConfigDict(
+    nms_pre=1000, min_bbox_size=0, score_thr=0.025, nms=dict(type="nms", iou_threshold=0.6), max_per_img=100
+)
+STRIDES = (8, 16, 32, 64)
+
+# PaddleDetection, configs/picodet/legacy_model: PicoHead.conv_feat.num_convs and the parameters, in millions, of the
+# model zoo's table; ESNet's scale and channel ratios from the same files.
+STACKED_CONVS = {"s": 2, "m": 4, "l": 4}
+MODEL_ZOO = {"s": 0.99, "m": 2.15, "l": 3.30}
+RATIOS_S = (0.875, 0.5, 0.5, 0.5, 0.625, 0.5, 0.625, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5)
+RATIOS_M = (0.875, 0.5, 1.0, 0.625, 0.5, 0.75, 0.625, 0.625, 0.5, 0.625, 1.0, 0.625, 0.75)
+
+
+def head_params(width, stacked_convs, num_classes=80):
+    """A tower and a 1x1 with bias, to scores and 4 distributions of 8 bins, at each of four levels."""
+    outputs = num_classes + 4 * 8
+    return 4 * (stacked_convs * separable(width) + width * outputs + outputs)
+
+
+def esnet_params(channels, ratios):
+    """ESNet: a 3x3, then stages of 3, 7, 3 blocks; the first of a stage halves the map."""
+
+    def squeeze(width):
+        return width * (width // 4) * 2 + width // 4 + width
+
+    count, widths, remaining = conv_bn(3, 24, 3), (24, *channels), list(ratios)
+    for stage, repeats in enumerate((3, 7, 3)):
+        before, width = widths[stage : stage + 2]
+        for block in range(repeats):
+            inner = max(8, int(int(width * remaining.pop(0)) + 4) // 8 * 8)
+            half, other = inner // 2, width // 2
+            if block:
+                count += conv_bn(other, half) + conv_bn(half, half, 3, half) + squeeze(inner) + conv_bn(inner, other)
+                continue
+            count += conv_bn(before, before, 3, before) + conv_bn(before, other)
+            count += conv_bn(before, half) + conv_bn(half, half, 3, half) + squeeze(half) + conv_bn(half, other)
+            count += conv_bn(width, width, 3, width) + conv_bn(width, width)
+    return count
+
+
+def small(**options):
+    defaults = dict(num_classes=3, in_channels=8, feat_channels=8, train_cfg=dict(assigner=ASSIGNER), test_cfg=TEST_CFG)
+    return PicoHead(**{**defaults, **options})
+
+
+def truth_of(boxes, labels, dtype=torch.float64):
+    return InstanceData(bboxes=torch.tensor(boxes, dtype=dtype).reshape(-1, 4), labels=torch.tensor(labels).long())
+
+
+def outputs_of(head, size, batch=2, seed=0, dtype=torch.float64):
+    """Random maps as the head gives them for an image of `size`, leaves of the graph."""
+    generator = torch.Generator().manual_seed(seed)
+    sides = [[-(-side // stride) for side in size] for stride in STRIDES]
+    channels = (head.num_classes, 4 * (head.reg_max + 1))
+    return tuple(
+        [
+            (1.5 * torch.randn(batch, width, *hw, generator=generator, dtype=torch.float64)).to(dtype).requires_grad_()
+            for hw in sides
+        ]
+        for width in channels
+    )
+
+
+TRUTHS = [
+    # Two boxes that share their middle ask for the same priors; the third is smaller than a stride.
+    ([[10, 8, 60, 50], [14, 12, 58, 55], [70.5, 33, 75, 38]], [0, 2, 1]),
+    ([[3, 2, 93, 61]], [1]),
+]
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_parameters_are_the_published_ones(size):
+    in_channels, width = PUBLISHED[size]
+    head = PicoHead(80, width, feat_channels=width, stacked_convs=STACKED_CONVS[size])
+    expected = head_params(width, STACKED_CONVS[size])
+    assert sum(p.numel() for p in head.parameters()) == expected
+    # With the published backbone the two add up to the published total: the layer lists leave nothing out.
+    total = (
+        esnet_params(in_channels, RATIOS_S if size == "s" else RATIOS_M) + neck_params(in_channels, width) + expected
+    )
+    # The table cuts 3.305 million to 3.30.
+    assert total // 10_000 == round(100 * MODEL_ZOO[size])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_losses_and_gradients_are_those_of_the_equations(seed):
+    head = small()
+    outputs = outputs_of(head, (64, 96), seed=seed)
+    truths = [truth_of(*truth) for truth in TRUTHS]
+    actual = head.loss_by_feat(*outputs, truths, [{}, {}])
+    pairs = [(truth.bboxes, truth.labels.tolist()) for truth in truths]
+    expected, matches = oracle.losses(*outputs, pairs, STRIDES, reg_max=7)
+    assert all(sum(j > 0 for j in match) >= len(truth) for match, (_, truth) in zip(matches, TRUTHS, strict=True))
+    assert set(actual) == set(expected)
+    leaves = [x for maps in outputs for x in maps]
+    for name in actual:
+        # MMDetection adds the eps of float32 to what it divides by.
+        assert_parity(actual[name], expected[name], rms=1e-6, maximum=1e-6, what=name)
+        one, other = (
+            torch.cat(
+                [
+                    gradient.flatten()
+                    for gradient in torch.autograd.grad(
+                        losses[name], leaves, retain_graph=True, allow_unused=True, materialize_grads=True
+                    )
+                ]
+            )
+            for losses in (actual, expected)
+        )
+        assert_parity(one, other, rms=1e-6, maximum=1e-5, what=f"gradient of {name}")
+    wrong_target, _ = oracle.losses(*outputs, pairs, STRIDES, reg_max=7, target="one")
+    wrong_offset, _ = oracle.losses(*outputs, pairs, STRIDES, reg_max=7, offset=0.0)
+    assert errors(wrong_target["loss_cls"], expected["loss_cls"])[0] > 1e-3
+    assert errors(wrong_offset["loss_dfl"], expected["loss_dfl"])[0] > 1e-3
+
+
+def test_assignment_is_that_of_the_equations():
+    """Random predictions near the boxes, so that many priors are good and some are asked for twice."""
+    all_conflicts = 0
+    for seed in range(8):
+        generator = torch.Generator().manual_seed(seed)
+        priors = torch.tensor([[x * 8 + 4, y * 8 + 4, 8, 8] for y in range(8) for x in range(12)]).double()
+        corners = torch.rand(4, 2, generator=generator).double() * 40
+        truth = torch.cat([corners, corners + 12 + torch.rand(4, 2, generator=generator).double() * 30], dim=1)
+        labels = torch.randint(3, (4,), generator=generator)
+        noise = torch.randn(len(priors), 4, generator=generator).double() * 6
+        boxes = truth[torch.randint(4, (len(priors),), generator=generator)] + noise
+        boxes[:, 2:] = torch.maximum(boxes[:, 2:], boxes[:, :2] + 1)
+        scores = torch.rand(len(priors), 3, generator=generator).double()
+        result = VarifocalSimOTAAssigner().assign(
+            InstanceData(priors=priors, bboxes=boxes, scores=scores), InstanceData(bboxes=truth, labels=labels)
+        )
+        expected, conflicts = oracle.sim_ota(scores, boxes, priors[:, :3].tolist(), truth, labels.tolist())
+        assert result.gt_inds.tolist() == expected, f"seed {seed}"
+        assert result.labels.tolist() == [labels[j - 1].item() if j else -1 for j in expected]
+        all_conflicts += conflicts
+    assert all_conflicts > 5
+
+
+def hand_made_case():
+    """One box over the middle of 4 x 4 points of stride 8; four points are inside, all are near the centre.
+
+    Index 5 predicts the box exactly; 6, 9 and 10 a box of IoU 0.6, with scores 0.6, 0.95 and 0.1 of its class. Index 0,
+    outside, has IoU 0.6 and score 0.6 too. The IoUs add up to 3.4 with 0 counted: three picks.
+    """
+    priors = torch.tensor([[x * 8 + 4, y * 8 + 4, 8, 8] for y in range(4) for x in range(4)]).float()
+    boxes = torch.tensor([[200.0, 200, 210, 210]]).repeat(16, 1)
+    scores = torch.full((16, 2), 0.01)
+    for index, width, score in ((5, 20.0, 0.9), (6, 12.0, 0.6), (9, 12.0, 0.95), (10, 12.0, 0.1), (0, 12.0, 0.6)):
+        boxes[index] = torch.tensor([6.0, 6, 6 + width, 26])
+        scores[index, 1] = score
+    return InstanceData(priors=priors, bboxes=boxes, scores=scores), truth_of([[6, 6, 26, 26]], [1], torch.float32)
+
+
+def test_assignment_of_a_hand_made_case():
+    predictions, truth = hand_made_case()
+    # 1 + 4 * 0.6 = 3.4 picks three: the exact one, and of the inner ones those whose score is nearest to the IoU.
+    # Varifocal loss at 0.6: 0.40 for 0.6, 0.74 for 0.95, 0.85 for 0.1.
+    picks = VarifocalSimOTAAssigner().assign(predictions, truth)
+    assert picks.gt_inds.nonzero().flatten().tolist() == [5, 6, 9]
+    predictions.scores[9, 1] = 0.9999
+    # Overconfident: 0.6 * (0.4 * 9.2) = 2.2 is worse than 0.85; cross entropy against the label would still take it.
+    assert VarifocalSimOTAAssigner().assign(predictions, truth).gt_inds.nonzero().flatten().tolist() == [5, 6, 10]
+    bare_label = TASK_UTILS.build(dict(type="mmdet.SimOTAAssigner", iou_weight=6.0))
+    assert bare_label.assign(predictions, truth).gt_inds.nonzero().flatten().tolist() == [5, 6, 9]
+
+
+def test_no_candidate_and_no_box_assign_nothing():
+    predictions, _ = hand_made_case()
+    for truth in (truth_of([], [], torch.float32), truth_of([[300, 300, 302, 302]], [0], torch.float32)):
+        result = VarifocalSimOTAAssigner().assign(predictions, truth)
+        assert result.gt_inds.tolist() == [0] * 16 and result.labels.tolist() == [-1] * 16
+
+
+def certain(*distances):
+    """Logits of distributions with all their mass at one distance in strides for each side."""
+    return nn.functional.one_hot(torch.tensor(distances), 8).flatten() * 99.0
+
+
+def test_a_box_is_the_expectation_of_its_distributions():
+    head = small().eval()
+    scores, boxes = (
+        [torch.full((1, width, 64 // stride, 96 // stride), value) for stride in STRIDES]
+        for width, value in ((3, -10.0), (32, 0.0))
+    )
+    scores[0][0, 2, 3, 5] = 2.0
+    scores[1][0, 1, 1, 2] = 1.0
+    # Level 0: all its mass in one bin for each side; level 1: uniform over 0 to 7, and half in each of 2 and 3.
+    boxes[0][0, :, 3, 5] = certain(1, 2, 3, 0)
+    boxes[1][0, 24:, 1, 2] = torch.tensor([0, 0, 99.0, 99.0, 0, 0, 0, 0])
+    (result,) = head.predict_by_feat(scores, boxes, batch_img_metas=[dict(img_shape=(64, 96))])
+    expected = [[44 - 8, 28 - 16, 44 + 24, 28], [0, 0, 96, 24 + 40]]
+    # 40 - 56 and 24 - 56 are clipped to the image, as 40 + 56 = 96 is not.
+    torch.testing.assert_close(result.bboxes, torch.tensor(expected, dtype=torch.float32), atol=1e-4, rtol=0)
+    assert result.labels.tolist() == [2, 1]
+    torch.testing.assert_close(result.scores, torch.tensor([2.0, 1.0]).sigmoid())
+
+
+@pytest.mark.parametrize(("width", "kept"), [(7, 1), (3, 2)])
+def test_boxes_of_a_class_that_overlap_by_more_than_0_6_are_one(width, kept):
+    """Boxes of `width` strides at neighbouring points: IoU (width - 1) / (width + 1), 0.75 and 0.5."""
+    head = small().eval()
+    scores = [torch.full((1, 3, 64 // s, 96 // s), -10.0) for s in STRIDES]
+    boxes = [torch.zeros(1, 32, 64 // s, 96 // s) for s in STRIDES]
+    for column, logit in ((4, 2.0), (5, 1.0)):
+        scores[0][0, 0, 3, column] = logit
+        boxes[0][0, :, 3, column] = certain(1, 1, width - 1, 1)
+    (result,) = head.predict_by_feat(scores, boxes, batch_img_metas=[dict(img_shape=(64, 96))])
+    assert len(result) == kept
+
+
+@pytest.mark.parametrize("share_cls_reg", [True, False])
+@pytest.mark.parametrize("boxes", ["both", "one", "none"])
+def test_losses_with_and_without_boxes(boxes, share_cls_reg):
+    torch.manual_seed(0)
+    head = small(share_cls_reg=share_cls_reg)
+    head.init_weights()
+    features = [torch.randn(2, 8, 64 // stride, 96 // stride) for stride in STRIDES]
+    truths = [truth_of(*truth, dtype=torch.float32) for truth in TRUTHS]
+    empty = truth_of([], [], torch.float32)
+    truths = {"both": truths, "one": [empty, truths[1]], "none": [empty, empty]}[boxes]
+    losses = head.loss_by_feat(*head(features), truths, [{}, {}])
+    assert all(loss.dim() == 0 and loss.isfinite() for loss in losses.values())
+    assert losses["loss_cls"] > 0
+    for name in ("loss_bbox", "loss_dfl"):
+        assert (losses[name] > 0) == (boxes != "none")
+    sum(losses.values()).backward()
+    for name, parameter in head.named_parameters():
+        # Under DDP every parameter must take part in every step.
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        # Scores are trained at every level, boxes where there is a positive.
+        if not name.startswith(("reg_convs", "gfl_reg")):
+            assert parameter.grad.abs().max() > 0, name
+    if not share_cls_reg:
+        reached = [bool(layer.weight.grad.abs().max() > 0) for layer in head.gfl_reg]
+        assert any(reached) == (boxes != "none")
+
+
+def test_an_empty_image_counts_as_one_positive():
+    """Two images without boxes: the sum over all priors of the varifocal loss of a negative, over two."""
+    head = small()
+    outputs = outputs_of(head, (64, 96))
+    loss = head.loss_by_feat(*outputs, [truth_of([], [])] * 2, [{}, {}])["loss_cls"]
+    p = torch.cat([x.flatten() for x in outputs[0]]).sigmoid()
+    torch.testing.assert_close(loss, oracle.varifocal(p, torch.zeros(())).sum() / 2, rtol=1e-6, atol=0)
+
+
+def test_scores_start_at_one_in_a_hundred():
+    head = PicoHead(80, 96)
+    head.init_weights()
+    scores, boxes = head.eval()([torch.randn(1, 96, 320 // s, 320 // s) for s in STRIDES])
+    assert all((x.sigmoid() - 0.01).abs().max() < 0.005 for x in scores)
+    assert all((head.integral(x.permute(0, 2, 3, 1)) - 3.5).abs().max() < 0.2 for x in boxes)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_losses_under_autocast(dtype):
+    torch.manual_seed(0)
+    head = small()
+    head.init_weights()
+    features = [torch.randn(2, 8, 64 // stride, 96 // stride) for stride in STRIDES]
+    truths = [truth_of(*truth, dtype=torch.float32) for truth in TRUTHS]
+    with torch.autocast("cpu", dtype=dtype):
+        outputs = head(features)
+        losses = head.loss_by_feat(*outputs, truths, [{}, {}])
+    assert all(x.dtype == torch.float32 for maps in outputs for x in maps)
+    expected = head.loss_by_feat(*head(features), truths, [{}, {}])
+    for name, loss in losses.items():
+        assert loss.dtype == torch.float32
+        torch.testing.assert_close(loss, expected[name], rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(stacked_convs=0), r"stacked_convs=0: expected at least 1"),
+        (dict(kernel_size=4), r"kernel_size=4: expected an odd positive number"),
+        (dict(reg_max=0), r"reg_max=0: expected at least 1 stride"),
+    ],
+)
+def test_errors_name_the_field(options, message):
+    with pytest.raises(ValueError, match=message):
+        small(**options)
+
+
+def test_another_number_of_maps_fails():
+    with pytest.raises(ValueError, match=r"x: expected 4 maps, one for each of strides, got 3"):
+        small()([torch.randn(1, 8, 4, 4)] * 3)
+
+
+@MODELS.register_module(force=True)
+class ThreeMaps(BaseModule):
+    """Strides 8, 16, 32 by convolutions without overlap."""
+
+    def __init__(self, widths):
+        super().__init__()
+        inputs = (3, *widths)
+        self.layers = nn.ModuleList(
+            nn.Conv2d(inputs[i], width, side, side)
+            for i, (width, side) in enumerate(zip(widths, (8, 2, 2), strict=True))
+        )
+
+    def forward(self, x):
+        outputs = []
+        for layer in self.layers:
+            x = layer(x)
+            outputs.append(x)
+        return tuple(outputs)
+
+
+def base_config():
+    config = Config.fromfile(MODEL)
+    config.model.backbone = dict(type="ThreeMaps", widths=(16, 24, 32))
+    config.model.neck.in_channels = (16, 24, 32)
+    return config
+
+
+def built_detector(config):
+    init_default_scope("mmdet")
+    torch.manual_seed(0)
+    detector = MODELS.build(config.model)
+    detector.init_weights()
+    return detector
+
+
+def batch_of(sizes, dtype=torch.uint8):
+    inputs, samples = [], []
+    for size in sizes:
+        truth = InstanceData(
+            bboxes=torch.tensor([[10.0, 20, 60, 80], [30, 30, 100, 120]]), labels=torch.tensor([3, 79])
+        )
+        sample = DetDataSample(gt_instances=truth, ignored_instances=InstanceData(bboxes=torch.zeros(0, 4)))
+        sample.set_metainfo({"img_shape": size, "ori_shape": size, "scale_factor": (1.0, 1.0)})
+        inputs.append(torch.randint(256, (3, *size)).to(dtype))
+        samples.append(sample)
+    return {"inputs": inputs, "data_samples": samples}
+
+
+def test_the_base_config_trains_a_step_and_predicts():
+    config = base_config()
+    config.model.data_preprocessor.batch_augments = None
+    detector = built_detector(config).train()
+    data = detector.data_preprocessor(batch_of([(128, 160), (160, 128)]), training=True)
+    total, _ = detector.parse_losses(detector.loss(data["inputs"], data["data_samples"]))
+    total.backward()
+    assert total.isfinite()
+    for name, parameter in detector.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().max() > 0, name
+    # Scores start below the threshold of the tests.
+    detector.eval().bbox_head.test_cfg.score_thr = 0.0
+    with torch.no_grad():
+        results = detector.predict(data["inputs"], data["data_samples"])
+    assert [len(result.pred_instances) for result in results] == [100, 100]
+    assert all(result.pred_instances.bboxes.isfinite().all() for result in results)
+
+
+def test_the_base_config_is_picodet_s():
+    detector = built_detector(base_config())
+    assert sum(p.numel() for p in detector.neck.parameters()) == neck_params((16, 24, 32), 96)
+    assert sum(p.numel() for p in detector.bbox_head.parameters()) == head_params(96, 2)
+
+
+def test_multiply_adds_of_the_detector():
+    """At 128 x 160 the maps have 320, 80, 20 and 2 x 3 cells."""
+    cells = (16 * 20, 8 * 10, 4 * 5, 2 * 3)
+    width, half, outputs = 96, 48, 112
+    tower = 2 * (25 * width + width * width) + width * outputs
+    mixer = 2 * 2 * width * half + half * half + (25 * half + half * half) + width * width
+    down = 25 * width + width * width
+    neck = sum(hw * c * width for hw, c in zip(cells, (16, 24, 32), strict=False))
+    neck += mixer * (cells[0] + 2 * cells[1] + cells[2]) + down * (cells[1] + cells[2] + 2 * cells[3])
+    found = detector_complexity(base_config(), (128, 160))
+    assert found.macs_by_part["neck"] == neck
+    assert found.macs_by_part["bbox_head"] == tower * sum(cells)
+
+
+def test_every_batch_gets_a_square_of_its_own():
+    """The training pipeline, then the data preprocessor: sizes of the recipe, boxes scaled with their image."""
+    init_default_scope("mmdet")
+    pipeline = Config.fromfile(BASES / "datasets" / "coco_picodet.py").train_pipeline
+    assert [step.type for step in pipeline[:2]] == ["LoadImageFromFile", "LoadAnnotations"]
+    transform = Compose(pipeline[2:])
+    generator = np.random.default_rng(0)
+    preprocessor = MODELS.build(base_config().model.data_preprocessor)
+    sides = set()
+    for iteration in range(12):
+        MessageHub.get_current_instance().update_info("iter", iteration)
+        batch = {"inputs": [], "data_samples": []}
+        for hw in ((120, 200), (90, 70)):
+            sample = transform(
+                dict(
+                    img=generator.integers(256, size=(*hw, 3), dtype=np.uint8),
+                    img_shape=hw,
+                    ori_shape=hw,
+                    gt_bboxes=HorizontalBoxes(torch.tensor([[5.0, 6, 60, 65], [20, 10, 50, 80]])),
+                    gt_bboxes_labels=np.array([1, 2]),
+                    gt_ignore_flags=np.array([False, False]),
+                )
+            )
+            batch["inputs"].append(sample["inputs"])
+            batch["data_samples"].append(sample["data_samples"])
+        assert all(image.shape == (3, 384, 384) for image in batch["inputs"])
+        before = [sample.gt_instances.bboxes.tensor.clone() / 384 for sample in batch["data_samples"]]
+        data = preprocessor(batch, training=True)
+        height, width = data["inputs"].shape[-2:]
+        assert height == width and height % 32 == 0 and 256 <= height <= 384
+        sides.add(height)
+        for boxes, sample in zip(before, data["data_samples"], strict=True):
+            assert sample.img_shape == sample.batch_input_shape == (height, width)
+            torch.testing.assert_close(sample.gt_instances.bboxes / height, boxes)
+    assert len(sides) > 2
+
+
+def test_the_evaluation_size_is_fixed():
+    init_default_scope("mmdet")
+    resize = Compose(Config.fromfile(BASES / "datasets" / "coco_picodet.py").test_pipeline[1:2])
+    assert resize(dict(img=np.zeros((70, 90, 3), np.uint8)))["img"].shape == (320, 320, 3)
+
+
+def test_the_learning_rate_warms_up_and_falls_to_zero():
+    config = Config.fromfile(BASES / "schedules" / "picodet_300e.py")
+    init_default_scope("mmdet")
+    settings = config.optim_wrapper.optimizer
+    optimizer = OPTIMIZERS.build(dict(**settings, params=[nn.Parameter(torch.zeros(1))]))
+    assert optimizer.defaults["momentum"] == 0.9 and optimizer.defaults["weight_decay"] == 4e-5
+    warmup, cosine = (dict(scheduler) for scheduler in config.param_scheduler)
+    epoch_length = 50
+    cosine.pop("convert_to_iter_based")
+    cosine_class = PARAM_SCHEDULERS.get(cosine.pop("type"))
+    schedulers = [
+        PARAM_SCHEDULERS.build(dict(**warmup, optimizer=optimizer)),
+        cosine_class.build_iter_from_epoch(optimizer=optimizer, epoch_length=epoch_length, **cosine),
+    ]
+    rates = []
+    for _ in range(config.max_epochs * epoch_length):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        for scheduler in schedulers:
+            scheduler.step()
+    assert rates[0] == pytest.approx(0.04) and max(rates) == pytest.approx(0.4, rel=0.01)
+    assert rates.index(max(rates)) == pytest.approx(config.warmup_iters, abs=2)
+    assert rates[len(rates) // 2] == pytest.approx(0.2, rel=0.01) and rates[-1] < 1e-6
