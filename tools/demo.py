@@ -17,6 +17,12 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work-dir", type=Path, default=Path("work_dirs/demo"), help="where everything is written")
     parser.add_argument("--data-root", type=Path, default=Path("data/tree_crowns"), help="where the data was prepared")
+    parser.add_argument(
+        "--model",
+        default="castling_vit/gfl_castling-vit-nano",
+        help="folder and beginning of the names of four configs MODEL_{softmax,castling,linear,deploy}_tree-crowns.py "
+        "under configs/, such as castling_levit/picodet_castling-levit-128s (default: %(default)s)",
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one pair of trainings for each (default: 0)")
     parser.add_argument("--max-iters", type=int, help="iterations of each training, instead of the config's")
     parser.add_argument("--jobs", type=int, default=2, help="commands that run at once, sharing the cores (default: 2)")
@@ -33,11 +39,16 @@ def main() -> int:
         prepare = f"tools/prepare_tree_crowns.py --root {args.data_root}"
         print(f"error: {annotations} is missing; run {prepare}", file=sys.stderr)
         return 1
+    family, _, prefix = args.model.rpartition("/")
+    config = ROOT / "configs" / family / f"{prefix}_softmax_tree-crowns.py"
+    if not config.is_file():
+        print(f"error: --model {args.model}: {config} is missing", file=sys.stderr)
+        return 1
     plan = Comparison(
         work_dir=args.work_dir,
-        configs=ROOT / "configs" / "castling_vit",
+        configs=config.parent,
         tools=ROOT / "tools",
-        prefix="gfl_castling-vit-nano",
+        prefix=prefix,
         suffix="tree-crowns",
         train_annotations=annotations.with_name("train.json"),
         annotations=annotations,
