@@ -73,7 +73,8 @@ def build_detector(config: Config) -> nn.Module:
     """The detector of `config` in eval mode, its weights not initialised from anywhere."""
     init_default_scope(config.get("default_scope") or "mmdet")
     try:
-        model: nn.Module = MODELS.build(config.model)
+        # Some detectors, such as DINO, write into the config that they are built from.
+        model: nn.Module = MODELS.build(copy.deepcopy(config.model))
     except Exception as error:  # any part of a detector raises in its own way
         raise ValueError(f"config {config.filename}: its model cannot be built: {error}") from error
     if not hasattr(model, "backbone"):

@@ -1,32 +1,89 @@
-"""Every config: loads, builds, trains a step, predicts; the four files of a model; the metafile."""
+"""Every config: loads, builds, trains a step, predicts, converts; the four files of a model; the metafiles."""
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import functools
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
+from mmdet.structures.mask import BitmapMasks
 from mmengine.config import Config
+from mmengine.config import utils as config_utils
+from mmengine.logging import MessageHub
 from mmengine.registry import init_default_scope
 from mmengine.structures import InstanceData
+
+from castling_det.conversion import convert, load_checkpoint
+from castling_det.layers import MaskedAttention
+from castling_det.models.backbones.castling_levit import ARCHITECTURES
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("[!_]*/*.py"))
 NAMES = [config.stem for config in CONFIGS]
+BASELINES = [config for config in CONFIGS if "_softmax_" in config.stem]
+CASTLING = [config for config in CONFIGS if "_castling_" in config.stem]
+# One model of each detector on each backbone.
+CONVERTED = list({config.stem.split("vit-")[0]: config for config in reversed(CASTLING)}.values())
+ATTENTIONS = ("softmax", "linear", "castling", "deploy")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_bases():
+    """mmengine reads every metafile of MMDetection for each `mmdet::` base, seconds at a time; here once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config_utils, "load", functools.cache(config_utils.load))
+        yield
+
+
+@functools.cache
+def read(path):
+    return Config.fromfile(path)
+
+
+def load(path):
+    return copy.deepcopy(read(path))
+
+
+def shrunk(config):
+    """Fewer blocks, proposals and queries, for the sake of time; widths, levels, heads and losses are the config's."""
+    model = config.model
+    backbone = model.backbone
+    if backbone.type == "castling_det.CastlingViT":
+        backbone.depth = 2
+    elif backbone.type == "castling_det.CastlingMViT":
+        backbone.arch = dict(depths=(1, 1, 1, 1))
+    else:
+        backbone.arch = ARCHITECTURES[backbone.arch]._replace(depths=(1, 1, 1))._asdict()
+    if "roi_head" in model:
+        model.train_cfg.rpn_proposal.max_per_img = model.test_cfg.rpn.max_per_img = 10
+        model.train_cfg.rcnn.sampler.num = 8
+        # An untrained head is sure of nothing.
+        model.test_cfg.rcnn.update(score_thr=0.0, max_per_img=4)
+    if "num_queries" in model:
+        model.num_queries = 20
+        model.encoder.num_layers = model.decoder.num_layers = 2
+    return config
 
 
 def build(config):
     init_default_scope("mmdet")
     torch.manual_seed(0)
-    model = MODELS.build(config.model)
+    # DINO writes into the config that it is built from.
+    model = MODELS.build(copy.deepcopy(config.model))
     model.init_weights()
     return model
 
 
-def generated_batch(sizes, num_classes):
+def generated_batch(sizes, model):
+    """Images with five boxes each, and their masks where the model wants some."""
+    num_classes = (model.roi_head if "roi_head" in model else model).bbox_head.num_classes
     generator = torch.Generator().manual_seed(0)
     batch = {"inputs": [], "data_samples": []}
     for size in sizes:
@@ -35,6 +92,11 @@ def generated_batch(sizes, num_classes):
             bboxes=torch.cat([corners, corners + 10 + torch.rand(5, 2, generator=generator) * 30], dim=1),
             labels=torch.randint(num_classes, (5,), generator=generator),
         )
+        if "roi_head" in model:
+            masks = np.zeros((5, *size), dtype=np.uint8)
+            for mask, (left, top, right, bottom) in zip(masks, truth.bboxes.int().tolist(), strict=True):
+                mask[top:bottom, left:right] = 1
+            truth.masks = BitmapMasks(masks, *size)
         sample = DetDataSample(gt_instances=truth, ignored_instances=InstanceData(bboxes=torch.zeros(0, 4)))
         sample.set_metainfo({"img_shape": size, "ori_shape": size, "scale_factor": (1.0, 1.0)})
         batch["inputs"].append(torch.randint(256, (3, *size), generator=generator, dtype=torch.uint8))
@@ -42,11 +104,19 @@ def generated_batch(sizes, num_classes):
     return batch
 
 
+@torch.no_grad()
+def detections(model, data):
+    results = model.eval().predict(data["inputs"], copy.deepcopy(data["data_samples"]))
+    return [result.pred_instances for result in results]
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=NAMES)
 def test_trains_a_step_and_predicts(path):
-    config = Config.fromfile(path)
+    config = shrunk(load(path))
     model = build(config).train()
-    batch = generated_batch([(96, 128), (128, 100)], config.model.bbox_head.num_classes)
+    batch = generated_batch([(96, 128), (128, 100)], config.model)
+    # As the runner does: BatchSyncRandomResize draws a size every so many iterations.
+    MessageHub.get_current_instance().update_info("iter", 0)
     data = model.data_preprocessor(batch, training=True)
     losses = model.loss(data["inputs"], data["data_samples"])
     total, _ = model.parse_losses(losses)
@@ -55,26 +125,73 @@ def test_trains_a_step_and_predicts(path):
     # Under DDP every parameter must take part in every step.
     unused = [name for name, parameter in model.named_parameters() if parameter.grad is None]
     assert unused == []
-    with torch.no_grad():
-        results = model.eval().predict(data["inputs"], data["data_samples"])
-    assert len(results) == 2 and all(result.pred_instances.scores.isfinite().all() for result in results)
+    found = detections(model, data)
+    assert len(found) == 2 and all(instances.scores.isfinite().all() for instances in found)
+    if "roi_head" in config.model:
+        assert all(instances.masks.shape[0] == len(instances) > 0 for instances in found)
+
+
+@pytest.mark.parametrize("path", CONVERTED, ids=[path.stem for path in CONVERTED])
+def test_converts_and_predicts_the_same(path, tmp_path):
+    """The converted file loads into the deploy config, which detects what the hybrid does without its branch."""
+    config = shrunk(load(path))
+    hybrid = build(config)
+    empty = dict(schedule="geometric", threshold=float("inf"), threshold_unit="uniform", aux_scale=1.0, empty=True)
+    meta = {"cfg": "attention='castling'", "castling_det": {"mask": empty}}
+    torch.save({"meta": meta, "state_dict": hybrid.state_dict()}, tmp_path / "hybrid.pth")
+    trained = Config(dict(default_scope="mmdet", model=config.model))
+    manifest = convert(trained, tmp_path / "hybrid.pth", tmp_path / "deploy.pth", shape=(128, 128), num_probes=1)
+    assert manifest.max_abs_drift == 0.0
+    deployed = build(shrunk(load(path.with_name(path.name.replace("_castling_", "_deploy_")))))
+    deployed.load_state_dict(load_checkpoint(tmp_path / "deploy.pth")["state_dict"], strict=True)
+    data = hybrid.data_preprocessor(generated_batch([(96, 128)], config.model), training=False)
+    (before,), (after,) = detections(hybrid, data), detections(deployed, data)
+    torch.testing.assert_close(after.bboxes, before.bboxes, rtol=0, atol=0)
+    torch.testing.assert_close(after.scores, before.scores, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("path", BASELINES, ids=[path.stem for path in BASELINES])
+def test_parts_fit_at_full_size(path):
+    """The whole model, without memory: the neck takes the backbone's channels, the head's strides are the neck's."""
+    model = load(path).model
+    init_default_scope("mmdet")
+    with torch.device("meta"):
+        backbone, neck = MODELS.build(model.backbone).eval(), MODELS.build(model.neck).eval()
+        maps = backbone(torch.empty(1, 3, 512, 512))
+        levels = neck(maps)
+    taken = model.neck.in_channels
+    assert ([taken] if isinstance(taken, int) else list(taken)) == list(backbone.out_channels)
+    assert [feature.shape[1] for feature in maps] == list(backbone.out_channels)
+    strides = [512 // level.shape[-1] for level in levels]
+    head = model.get("rpn_head", model.bbox_head if "bbox_head" in model else None)
+    if model.type == "DINO":
+        assert len(strides) == model.decoder.layer_cfg.cross_attn_cfg.num_levels
+    else:
+        assert strides == list(head.strides if "strides" in head else head.anchor_generator.strides)
+    if "roi_head" in model:
+        assert strides[:-1] == list(model.roi_head.bbox_roi_extractor.featmap_strides)
+
+
+def attention_in(name):
+    (attention,) = [word for word in ATTENTIONS if f"_{word}_" in name]
+    return attention
 
 
 def test_four_files_a_model():
     families = {}
     for name in NAMES:
-        (attention,) = [word for word in ("softmax", "linear", "castling", "deploy") if f"_{word}_" in name]
+        attention = attention_in(name)
         families.setdefault(name.replace(f"_{attention}_", "_ATTENTION_"), set()).add(attention)
-    assert len(families) == 2
-    assert all(files == {"softmax", "linear", "castling", "deploy"} for files in families.values())
+    incomplete = {name: files for name, files in families.items() if files != set(ATTENTIONS)}
+    assert families and incomplete == {}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=NAMES)
 def test_the_four_differ_in_the_attention_alone(path):
     """Against the softmax config: the backbone's attention and mask, and the hooks, nothing else."""
-    (attention,) = [word for word in ("softmax", "linear", "castling", "deploy") if f"_{word}_" in path.stem]
-    config = Config.fromfile(path).to_dict()
-    baseline = Config.fromfile(path.with_name(path.name.replace(f"_{attention}_", "_softmax_"))).to_dict()
+    attention = attention_in(path.stem)
+    config = load(path).to_dict()
+    baseline = load(path.with_name(path.name.replace(f"_{attention}_", "_softmax_"))).to_dict()
     for settings in (config, baseline):
         backbone = settings["model"]["backbone"]
         found = backbone.pop("attention")
@@ -86,18 +203,32 @@ def test_the_four_differ_in_the_attention_alone(path):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=NAMES)
 def test_no_config_downloads_weights(path):
-    config = Config.fromfile(path)
+    config = load(path)
     assert config.model.backbone.get("init_cfg") is None and config.load_from is None
-    assert "http" not in str(config.model)
+    assert "http" not in str(config.to_dict())
 
 
-def test_castling_ramps_end_at_the_number_of_tokens():
-    for path in CONFIGS:
-        if "_castling_" in path.stem:
-            config = Config.fromfile(path)
-            (hook,) = [hook for hook in config.custom_hooks if hook.type == "castling_det.MaskAnnealingHook"]
-            height, width = (side // config.model.backbone.patch_size for side in config.image_size)
-            assert hook.end == height * width
+@pytest.mark.parametrize("path", CONFIGS, ids=NAMES)
+def test_training_counts_the_classes(path):
+    hooks = [hook.type for hook in load(path).custom_hooks]
+    assert hooks.count("castling_det.ClassCountHook") == ("_deploy_" not in path.stem)
+
+
+@pytest.mark.parametrize("path", CASTLING, ids=[path.stem for path in CASTLING])
+def test_castling_ramps_end_at_the_number_of_tokens(path, monkeypatch):
+    """Of the largest training image, at the attention that has the most; the layers say how many they count."""
+    config = load(path)
+    counted = []
+    monkeypatch.setattr(
+        MaskedAttention, "_masked_branch", lambda self, branch, *inputs, num_keys: counted.append(num_keys)
+    )
+    # Without memory and without autocast, which knows no meta device.
+    monkeypatch.setattr("castling_det.ops.linear_angular.without_autocast", lambda tensor: contextlib.nullcontext())
+    init_default_scope("mmdet")
+    with torch.device("meta"):
+        MODELS.build(config.model.backbone)(torch.empty(1, 3, *config.image_size))
+    (hook,) = [hook for hook in config.custom_hooks if hook.type == "castling_det.MaskAnnealingHook"]
+    assert hook.end == max(counted)
 
 
 def test_the_metafile_lists_every_config():

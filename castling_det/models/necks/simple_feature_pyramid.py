@@ -16,6 +16,9 @@ from castling_det.registry import MODELS
 
 __all__ = ["SimpleFeaturePyramid"]
 
+# For `norm_cfg=dict(type="castling_det.LayerNorm2d")` in mmdet's heads, as ViTDet has them.
+MODELS.register_module(module=LayerNorm2d)
+
 
 @MODELS.register_module()
 class SimpleFeaturePyramid(BaseModule):

@@ -1,0 +1,3 @@
+_base_ = "./picodet_castling-levit-384_softmax_8xb64-300e_coco.py"
+
+model = dict(backbone=dict(attention="linear"))

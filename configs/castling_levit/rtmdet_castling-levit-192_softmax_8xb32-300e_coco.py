@@ -1,0 +1,20 @@
+# RTMDet with CSPNeXt-s's neck and head. LeViT's pre-training, unlike CSPNeXt's, has RGB images.
+_base_ = "mmdet::rtmdet/rtmdet_s_8xb32-300e_coco.py"
+
+image_size = (640, 640)
+checkpoint = None
+model = dict(
+    data_preprocessor=dict(
+        mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], bgr_to_rgb=True, pad_size_divisor=32
+    ),
+    backbone=dict(
+        _delete_=True,
+        type="castling_det.CastlingLeViT",
+        arch="192",
+        attention="softmax",
+        img_size=640,
+        out_indices=(0, 1, 2),
+    ),
+    neck=dict(in_channels=[96, 192, 288]),
+)
+custom_hooks = [dict(type="castling_det.ClassCountHook"), *_base_.custom_hooks]

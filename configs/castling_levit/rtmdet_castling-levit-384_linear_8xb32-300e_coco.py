@@ -1,0 +1,3 @@
+_base_ = "./rtmdet_castling-levit-384_softmax_8xb32-300e_coco.py"
+
+model = dict(backbone=dict(attention="linear"))

@@ -1,0 +1,5 @@
+# What tools/convert.py makes of a checkpoint of the castling config: linear attention, nothing to anneal.
+_base_ = "./mask-rcnn_castling-mvit-b_castling_8xb2-amp-ms-crop-36e_coco.py"
+
+model = dict(backbone=dict(attention="linear"))
+custom_hooks = []

@@ -1,0 +1,3 @@
+_base_ = "./mask-rcnn_castling-mvit-t_softmax_8xb2-amp-ms-crop-36e_coco.py"
+
+model = dict(backbone=dict(attention="linear"))

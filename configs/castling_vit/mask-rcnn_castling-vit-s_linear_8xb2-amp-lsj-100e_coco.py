@@ -1,0 +1,3 @@
+_base_ = "./mask-rcnn_castling-vit-s_softmax_8xb2-amp-lsj-100e_coco.py"
+
+model = dict(backbone=dict(attention="linear"))
