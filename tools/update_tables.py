@@ -42,10 +42,26 @@ def attention_numerics() -> str:
     return numerics_markdown(read_numerics(RESULTS / "attention" / "numerics.json"))
 
 
+def model_zoo() -> str:
+    """Parameters and GMACs of the COCO models."""
+    from castling_det.analysis.model_zoo import read_zoo, zoo_markdown
+
+    return zoo_markdown(read_zoo(RESULTS / "model_zoo.json"))
+
+
+def peers() -> str:
+    """Published detectors."""
+    from castling_det.analysis.model_zoo import peers_markdown
+
+    return peers_markdown()
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "tree_crowns": tree_crowns,
     "attention_goals": attention_goals,
     "attention_numerics": attention_numerics,
+    "model_zoo": model_zoo,
+    "peers": peers,
 }
 
 
