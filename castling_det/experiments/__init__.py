@@ -2,5 +2,16 @@
 
 from castling_det.experiments.comparison import Comparison, comparison_steps
 from castling_det.experiments.steps import Step, StepFailed, mmdet_tool, run_steps
+from castling_det.experiments.study import Study, Variant, study_steps
 
-__all__ = ["Comparison", "Step", "StepFailed", "comparison_steps", "mmdet_tool", "run_steps"]
+__all__ = [
+    "Comparison",
+    "Step",
+    "StepFailed",
+    "Study",
+    "Variant",
+    "comparison_steps",
+    "mmdet_tool",
+    "run_steps",
+    "study_steps",
+]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from castling_det.experiments.steps import Step, mmdet_tool
+from castling_det.experiments.commands import python, report_step, test_step, train_step
+from castling_det.experiments.steps import Step
 
 __all__ = ["Comparison", "comparison_steps"]
 
@@ -54,18 +53,17 @@ class Comparison:
 def comparison_steps(plan: Comparison) -> list[Step]:
     """Every command in order; those of one seed follow each other."""
     steps = [step for seed in plan.seeds for step in _seed_steps(plan, seed)]
-    runs = [
-        f"{name}={plan.folder(seed, name)}" for seed in plan.seeds for name in ("softmax", "castling", "deploy")
-    ]
-    command = [
-        *_python(plan.tools / "report.py"),
-        *(part for run in runs for part in ("--run", run)),
-        *("--baseline", "softmax", "--deployed", "deploy"),
-        *("--ann", str(plan.annotations), "--images", str(plan.images)),
-        *("--out", str(plan.work_dir / "report")),
-    ]
-    tested = tuple(step.stamp for step in steps if step.stamp_name == "test")
-    return [*steps, Step("report", tuple(command), plan.work_dir / "report", inputs=tested)]
+    report = report_step(
+        plan.tools / "report.py",
+        [f"{name}={plan.folder(seed, name)}" for seed in plan.seeds for name in ("softmax", "castling", "deploy")],
+        plan.work_dir / "report",
+        baseline="softmax",
+        deployed="deploy",
+        annotations=plan.annotations,
+        images=plan.images,
+        after=steps,
+    )
+    return [*steps, report]
 
 
 def _seed_steps(plan: Comparison, seed: int) -> list[Step]:
@@ -75,7 +73,7 @@ def _seed_steps(plan: Comparison, seed: int) -> list[Step]:
     convert = Step(
         f"seed {seed}: convert to linear attention",
         (
-            *_python(plan.tools / "convert.py"),
+            *python(plan.tools / "convert.py"),
             *map(str, (plan.config("castling"), weights, deploy / "deploy.pth")),
             *("--probe-images", str(plan.images)),
         ),
@@ -94,44 +92,15 @@ def _seed_steps(plan: Comparison, seed: int) -> list[Step]:
 
 
 def _train(plan: Comparison, seed: int, name: str) -> Step:
-    folder = plan.folder(seed, name)
-    return Step(
-        f"seed {seed}: train {name}",
-        (
-            *_python(Path(mmdet_tool("train.py"))),
-            *(str(plan.config(name)), "--work-dir", str(folder), "--resume"),
-            *("--cfg-options", f"randomness.seed={seed}"),
-            *((f"train_cfg.max_iters={plan.max_iters}",) if plan.max_iters is not None else ()),
-        ),
-        folder,
+    return train_step(
+        name,
+        plan.config(name),
+        plan.folder(seed, name),
         inputs=(plan.train_annotations, plan.annotations),
-        settings=_resolved(plan.config(name)),
-        keep_partial=True,
-        stamp_name="train",
+        seed=seed,
+        options=() if plan.max_iters is None else (f"train_cfg.max_iters={plan.max_iters}",),
     )
 
 
 def _test(plan: Comparison, seed: int, name: str, checkpoint: Path, after: Step) -> Step:
-    folder = plan.folder(seed, name) / "test"
-    return Step(
-        f"seed {seed}: test {name}",
-        (
-            *_python(Path(mmdet_tool("test.py"))),
-            *(str(plan.config(name)), str(checkpoint), "--work-dir", str(folder)),
-            *("--cfg-options", f"test_evaluator.outfile_prefix={folder / 'predictions'}"),
-        ),
-        folder,
-        inputs=(after.stamp,),
-        stamp_name="test",
-    )
-
-
-def _resolved(config: Path) -> str:
-    """What the config says once its bases are read: a comment or another family's file changes nothing."""
-    from mmengine.config import Config
-
-    return json.dumps(Config.fromfile(config).to_dict(), sort_keys=True, default=str)
-
-
-def _python(script: Path) -> tuple[str, str]:
-    return sys.executable, str(script)
+    return test_step(name, plan.config(name), checkpoint, plan.folder(seed, name), after=after, seed=seed)

@@ -1,0 +1,86 @@
+"""The study of the options on the tree crowns: each trained alike over three seeds. Goes on where it was interrupted.
+
+The data comes from tools/prepare_tree_crowns.py. About ten minutes of one core for each run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from castling_det.experiments import StepFailed, Study, Variant, run_steps, study_steps
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# The published block: 9 x 1 convolution along the raster, an absolute threshold of 0.02 that stays until the mask is
+# emptied for good. The rows after it change one option of it each; the last one is the config as it stands.
+PUBLISHED = {
+    "model.backbone.local_conv": "tokens",
+    "model.backbone.threshold_unit": "absolute",
+    "model.backbone.threshold": "0.02",
+    "custom_hooks.2.schedule": "constant",
+    "custom_hooks.2.end": "1.0",
+}
+VARIANTS = {
+    "softmax": Variant("softmax", {"model.backbone.local_conv": "None"}, "a vanilla ViT"),
+    "softmax-conv": Variant("softmax", {}, "softmax and the local convolution of the linear models"),
+    "linear": Variant("linear", {}, "linear from the start"),
+    "published": Variant("castling", PUBLISHED, "castling with the published options"),
+    "kernel": Variant("castling", {**PUBLISHED, "model.backbone.normalizer": "kernel"}, "normaliser"),
+    "image-conv": Variant("castling", {**PUBLISHED, "model.backbone.local_conv": "image"}, "local convolution"),
+    "uniform": Variant(
+        "castling",
+        {
+            **PUBLISHED,
+            "model.backbone.threshold_unit": "uniform",
+            "model.backbone.threshold": "1.0",
+            "custom_hooks.2.end": "576",
+        },
+        "mask unit",
+    ),
+    "geometric": Variant("castling", {**PUBLISHED, "custom_hooks.2.schedule": "geometric"}, "schedule"),
+    "castling": Variant("castling", {}, "castling with our options"),
+}
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work-dir", type=Path, default=Path("work_dirs/options"), help="where everything is written")
+    parser.add_argument("--data-root", type=Path, default=Path("data/tree_crowns"), help="where the data was prepared")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="rows (default: all)")
+    parser.add_argument("--baseline", choices=VARIANTS, default="softmax", help="what the others are compared with")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="runs of each row (default: 0 1 2)")
+    parser.add_argument("--jobs", type=int, default=2, help="commands that run at once, sharing the cores (default: 2)")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Runs the study; 0 when every step succeeded."""
+    args = parse_args()
+    annotations = args.data_root / "annotations" / "val.json"
+    study = Study(
+        work_dir=args.work_dir,
+        configs=ROOT / "configs" / "castling_vit",
+        tools=ROOT / "tools",
+        prefix="gfl_castling-vit-nano",
+        suffix="tree-crowns",
+        variants={name: VARIANTS[name] for name in VARIANTS if name in {*args.variants, args.baseline}},
+        baseline=args.baseline,
+        train_annotations=annotations.with_name("train.json"),
+        annotations=annotations,
+        images=args.data_root / "val",
+        seeds=args.seeds,
+    )
+    try:
+        run_steps(study_steps(study), jobs=args.jobs)
+    except StepFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print((args.work_dir / "report" / "report.md").read_text(encoding="utf-8"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
