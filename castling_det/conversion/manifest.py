@@ -65,7 +65,7 @@ class MaskRecord:
     """In `threshold_unit`; may be infinite."""
     threshold_unit: str
     aux_scale: float
-    """Factor on the softmax branch, in [0, 1]."""
+    """Factor on the softmax branch, >= 0."""
     origin: str
     """Where the three came from: `"checkpoint"` (MaskAnnealingHook's record) or `"config"`."""
     empty_by: str | None

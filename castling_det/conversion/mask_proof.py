@@ -51,8 +51,8 @@ def _recorded(record: Mapping[str, Any], source: object) -> MaskState:
         raise ValueError(f"{where}['threshold']={threshold!r}: expected a number >= 0, as MaskAnnealingHook writes")
     if unit not in THRESHOLD_UNITS:
         raise ValueError(f"{where}['threshold_unit']={unit!r}: expected one of {', '.join(THRESHOLD_UNITS)}")
-    if not isinstance(aux_scale, (int, float)) or not 0 <= aux_scale <= 1:
-        raise ValueError(f"{where}['aux_scale']={aux_scale!r}: expected a factor in [0, 1]")
+    if not isinstance(aux_scale, (int, float)) or not 0 <= aux_scale < math.inf:
+        raise ValueError(f"{where}['aux_scale']={aux_scale!r}: expected a finite factor >= 0")
     return MaskState(float(threshold), str(unit), float(aux_scale), "checkpoint")
 
 

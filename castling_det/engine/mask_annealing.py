@@ -38,6 +38,9 @@ class MaskAnnealingHook(Hook):
         begin: progress in [0, empty_from) at which the ramp starts.
         empty_from: progress in (begin, 1) from which on the mask is empty.
         fade: also fade the branch's factor from 1 to 0 along the ramp.
+        share: instead of `fade`, the share of the softmax branch in the attention up to `begin`, in (0, 1), which falls
+            to 0 along the ramp. Near 1, with `threshold=0` in the backbone, `schedule="constant"` and
+            `normalizer="kernel"`, training starts as the softmax layer: how a trained one becomes linear.
         interval: iterations between two logged states.
     """
 
@@ -52,6 +55,7 @@ class MaskAnnealingHook(Hook):
         begin: float = 0.0,
         empty_from: float = 0.8,
         fade: bool = False,
+        share: float | None = None,
         interval: int = 50,
     ) -> None:
         if schedule not in SCHEDULES:
@@ -65,6 +69,8 @@ class MaskAnnealingHook(Hook):
             )
         if start is not None and not start > 0:
             raise ValueError(f"start={start}: expected a positive threshold, such as the published 0.02")
+        if share is not None and (fade or not 0 < share < 1):
+            raise ValueError(f"share={share}, fade={fade}: expected a share in (0, 1), such as 0.99, without fade")
         if interval < 1:
             raise ValueError(f"interval={interval}: expected at least 1 iteration")
         self.schedule = schedule
@@ -73,6 +79,7 @@ class MaskAnnealingHook(Hook):
         self.begin = begin
         self.empty_from = empty_from
         self.fade = fade
+        self.share = share
         self.interval = interval
         self._layers: dict[str, MaskedAttention] = {}
         self._state = MaskState(math.nan, math.nan)
@@ -112,6 +119,7 @@ class MaskAnnealingHook(Hook):
             begin=self.begin,
             empty_from=self.empty_from,
             fade=self.fade,
+            share=self.share,
         )
         for layer in self._layers.values():
             layer.threshold, layer.aux_scale = self._state

@@ -15,7 +15,7 @@ class MaskState(NamedTuple):
     threshold: float
     """In the layer's unit; inf once the mask is to be empty."""
     aux_scale: float
-    """Factor on the softmax branch, in [0, 1]."""
+    """Factor on the softmax branch, >= 0; above 1 only by `share`."""
 
 
 def _constant(ramp: float, start: float, end: float) -> float:
@@ -52,6 +52,7 @@ def mask_state(
     begin: float = 0.0,
     empty_from: float = 0.8,
     fade: bool = False,
+    share: float | None = None,
 ) -> MaskState:
     """The mask at a point of training.
 
@@ -63,8 +64,14 @@ def mask_state(
         begin: progress at which the ramp starts.
         empty_from: progress from which on the mask is empty, whatever the input.
         fade: also fade the branch's factor from 1 to 0 along the ramp.
+        share: instead of `fade`, the share of the whole that an unmasked branch has up to `begin`, in (0, 1); it falls
+            to 0 along the ramp, in a straight line. A factor f on one of two averages is a share of f / (1 + f).
     """
     if progress >= empty_from:
-        return MaskState(math.inf, 0.0 if fade else 1.0)
+        return MaskState(math.inf, 1.0 if share is None and not fade else 0.0)
     ramp = max(0.0, (progress - begin) / (empty_from - begin))
-    return MaskState(SCHEDULES[schedule](ramp, start, end), 1.0 - ramp if fade else 1.0)
+    threshold = SCHEDULES[schedule](ramp, start, end)
+    if share is not None:
+        left = share * (1.0 - ramp)
+        return MaskState(threshold, left / (1.0 - left))
+    return MaskState(threshold, 1.0 - ramp if fade else 1.0)

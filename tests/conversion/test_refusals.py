@@ -68,7 +68,7 @@ def test_only_hybrids_are_converted(tiny_config, runner_checkpoint, tmp_path, mo
         (dict(EMPTY, threshold="0.5"), r"\['threshold'\]='0.5'"),
         (dict(EMPTY, threshold=math.nan), r"\['threshold'\]=nan"),
         (dict(EMPTY, threshold_unit="percent"), r"\['threshold_unit'\]='percent'"),
-        (dict(EMPTY, aux_scale=2), r"\['aux_scale'\]=2"),
+        (dict(EMPTY, aux_scale=-2), r"\['aux_scale'\]=-2"),
     ],
 )
 def test_a_broken_mask_record_is_refused(tiny_config, runner_checkpoint, tmp_path, mask, message):

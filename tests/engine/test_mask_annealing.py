@@ -96,14 +96,15 @@ def test_sets_logs_and_records_the_mask(tmp_path):
     assert end["layers"]["blocks.1"] == {"kept_fraction": 0.0, "kept_mass": 0.0}
 
 
-@pytest.mark.parametrize("fade", [False, True])
-def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, fade):
-    hook = lambda: dict(type="castling_det.MaskAnnealingHook", schedule="cosine", fade=fade)  # noqa: E731
+@pytest.mark.parametrize("options", [dict(), dict(fade=True), dict(share=0.9)], ids=str)
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, options):
+    hook = lambda: dict(type="castling_det.MaskAnnealingHook", schedule="cosine", **options)  # noqa: E731
     whole = run(tmp_path / "whole", hook=hook())
     first = run(tmp_path / "parts", hook=hook(), stop_after=12)
     second = run(tmp_path / "parts", hook=hook(), resume=True)
     assert len(first.seen) == 12 and len(second.seen) == 10  # from the checkpoint of iteration 10
     assert first.seen[:10] + second.seen == whole.seen
+    assert (max(scale for _, scale in whole.seen) > 1) == ("share" in options)
 
 
 def test_uniform_unit(tmp_path):
@@ -125,6 +126,8 @@ def test_uniform_unit(tmp_path):
         (dict(), "uniform", "castling", r"end=None: with threshold_unit='uniform'"),
         (dict(start=0.0), "absolute", "castling", r"start=0.0: expected a positive threshold"),
         (dict(interval=0), "absolute", "castling", r"interval=0"),
+        (dict(share=1.0), "absolute", "castling", r"share=1.0, fade=False: expected a share in \(0, 1\)"),
+        (dict(share=0.5, fade=True), "absolute", "castling", r"share=0.5, fade=True: expected a share"),
         (dict(empty_from=0.99), "absolute", "castling", r"empty_from=0.99: leaves no iteration of max_iters=20"),
         (dict(), "absolute", "linear", r"found no attention in mode 'castling'.*attention='castling'"),
     ],
