@@ -46,7 +46,7 @@ def test_fade():
 
 
 def test_share():
-    """A factor f on one of two averages weighs f / (1 + f) of their sum: from the share to nothing, in a straight line."""
+    """A factor f on one of two averages weighs f / (1 + f) of their sum, which falls in a straight line."""
     states = [at(p, "constant", start=0.0, begin=0.2, share=0.98) for p in (0.0, 0.2, 0.5, 0.8, 1.0)]
     assert [state.aux_scale / (1 + state.aux_scale) for state in states] == pytest.approx([0.98, 0.98, 0.49, 0, 0])
     assert [state.threshold for state in states] == [0.0, 0.0, 0.0, math.inf, math.inf]
