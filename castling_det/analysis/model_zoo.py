@@ -36,7 +36,8 @@ class ZooModel:
     """One model at the size that its config brings an image of 800 x 1280 to.
 
     A number is None where an operation has no closed form; `reason` says which.
-    `params` are those of the deployed model; `gmacs_*` are 10^9 multiply-adds of one image.
+    `params` are those of the deployed model; `gmacs_*` are 10^9 multiply-adds of one image. `gmacs_window` is that of
+    the second softmax baseline, which attends in windows, for the models that have one.
     """
 
     family: str
@@ -46,6 +47,7 @@ class ZooModel:
     params: int | None
     gmacs_softmax: float | None
     gmacs_linear: float | None
+    gmacs_window: float | None = None
     reason: str | None = None
 
 
@@ -111,10 +113,12 @@ def _measured(path: Path) -> ZooModel:
     try:
         softmax = detector_complexity(config, shape, name=path.name)
         linear = detector_complexity(load_config(path.with_name(f"{name}_linear_{recipe}.py")), shape)
+        window = path.with_name(f"{name}_softmax-window_{recipe}.py")
+        gmacs_window = detector_complexity(load_config(window), shape).gmacs if window.exists() else None
     except ValueError as error:
         reason = " ".join(str(error).split())[:300]
-        return ZooModel(path.parent.name, name, recipe, shape, None, None, None, reason)
-    return ZooModel(path.parent.name, name, recipe, shape, linear.params, softmax.gmacs, linear.gmacs)
+        return ZooModel(path.parent.name, name, recipe, shape, None, None, None, reason=reason)
+    return ZooModel(path.parent.name, name, recipe, shape, linear.params, softmax.gmacs, linear.gmacs, gmacs_window)
 
 
 def write_zoo(path: str | os.PathLike[str], zoo: ModelZoo) -> None:
@@ -132,12 +136,15 @@ def read_zoo(path: str | os.PathLike[str]) -> ModelZoo:
 
 
 def zoo_markdown(zoo: ModelZoo) -> str:
-    """Two rows a model; the column of mAP is empty until a model is trained on COCO."""
+    """Two rows a model, three where a baseline has windows; mAP is empty until a model is trained on COCO."""
     body, notes = [], []
     for model in zoo.models:
         size = "{} x {}".format(*model.shape)
         params = "-" if model.params is None else f"{model.params / 1e6:.2f}"
-        for attention, gmacs in (("softmax", model.gmacs_softmax), ("linear", model.gmacs_linear)):
+        rows = [("softmax", model.gmacs_softmax), ("linear", model.gmacs_linear)]
+        if model.gmacs_window is not None:
+            rows.insert(1, ("softmax, windows", model.gmacs_window))
+        for attention, gmacs in rows:
             body.append([model.name, size, attention, params, "-" if gmacs is None else _gmacs(gmacs), ""])
         if model.reason is not None:
             notes.append(f"- `{model.name}` is not counted: {model.reason}")

@@ -46,13 +46,20 @@ def test_every_coco_model_is_listed():
 
 
 def test_what_cannot_be_counted_is_said(zoo, tmp_path):
-    broken = ZooModel("f", "m", "r", (1, 1), None, None, None, "no closed form of X")
+    broken = ZooModel("f", "m", "r", (1, 1), None, None, None, reason="no closed form of X")
     both = ModelZoo("test", (*zoo.models, broken))
     write_zoo(tmp_path / "zoo.json", both)
     assert read_zoo(tmp_path / "zoo.json") == both
     text = zoo_markdown(both)
     assert "- `m` is not counted: no closed form of X" in text
     assert text.count(f"| {NAME}") == 2 and text.count("| m ") == 2
+
+
+def test_windows_have_a_row_of_their_own():
+    assert {path.name for path in zoo_models(CONFIGS)}.isdisjoint(CONFIGS.rglob("*softmax-window*"))
+    text = zoo_markdown(ModelZoo("test", (ZooModel("f", "m", "r", (1, 1), 1, 3e0, 1e0, 2e0),)))
+    rows = [[cell.strip() for cell in line.split("|")[3:6:2]] for line in text.splitlines()[2:]]
+    assert rows == [["softmax", "3.00"], ["softmax, windows", "2.00"], ["linear", "1.00"]]
 
 
 def test_peers_have_a_source():

@@ -46,6 +46,9 @@ class CastlingViT(BaseModule):
         with_cls_token: prepend a class token. It joins the attention and is dropped from the features.
         num_reg_tokens: further prefix tokens (DINOv2 registers), dropped likewise.
         init_values: initial layer scale (DINOv2: 1e-5), or None for none.
+        window_size: side in tokens of the windows that `"softmax"` attends in (ViTDet: 14), a second baseline; 0: whole
+            map. Linear attention needs no windows and takes none.
+        global_indices: blocks that attend over the whole map all the same (ViTDet of 12 blocks: 2, 5, 8, 11).
         final_norm: LayerNorm on every feature map that is returned.
         out_indices: blocks whose output is returned, ascending; negative ones count from the last.
         drop_rate: dropout after the position embedding, the projections and in the MLPs, in [0, 1).
@@ -82,6 +85,8 @@ class CastlingViT(BaseModule):
         with_cls_token: bool = False,
         num_reg_tokens: int = 0,
         init_values: float | None = None,
+        window_size: int = 0,
+        global_indices: Sequence[int] = (),
         final_norm: bool = True,
         out_indices: Sequence[int] = (-1,),
         drop_rate: float = 0.0,
@@ -98,6 +103,13 @@ class CastlingViT(BaseModule):
             raise ValueError(f"stem={stem!r}: expected one of {', '.join(map(repr, STEMS))}")
         if not -1 <= frozen_stages <= depth:
             raise ValueError(f"frozen_stages={frozen_stages}: expected -1 (none) to depth={depth}")
+        if window_size and attention != "softmax":
+            raise ValueError(
+                f"window_size={window_size}: only attention='softmax' has windows, got {attention!r}; "
+                "linear attention costs the same over the whole map, set window_size=0"
+            )
+        if not set(global_indices) <= set(range(depth)):
+            raise ValueError(f"global_indices={tuple(global_indices)}: expected block indices in [0, {depth})")
         self.embed_dims = embed_dims
         self.attention = attention
         self.patch_size = patch_size
@@ -143,6 +155,7 @@ class CastlingViT(BaseModule):
                 ),
                 mlp_ratio=mlp_ratio,
                 init_values=init_values,
+                window_size=0 if index in global_indices else window_size,
                 drop=drop_rate,
                 drop_path=drop_path_rate * index / max(depth - 1, 1),
             )
