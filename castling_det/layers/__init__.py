@@ -4,6 +4,7 @@ from castling_det.layers.attention import (
     ATTENTION_MODES,
     THRESHOLD_UNITS,
     CastlingAttention,
+    HeadInputs,
     MaskedAttention,
     MaskStats,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "CastlingBlock",
     "ConvNorm",
     "ConvStem",
+    "HeadInputs",
     "LevitAttention",
     "LevitBlock",
     "LevitDownsample",

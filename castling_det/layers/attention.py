@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from castling_det.layers.local_conv import LocalConv
 from castling_det.ops import NORMALIZERS, MaskedSoftmax, linear_angular_packed, masked_softmax_packed
 
-__all__ = ["ATTENTION_MODES", "THRESHOLD_UNITS", "CastlingAttention", "MaskStats", "MaskedAttention"]
+__all__ = ["ATTENTION_MODES", "THRESHOLD_UNITS", "CastlingAttention", "HeadInputs", "MaskStats", "MaskedAttention"]
 
 ATTENTION_MODES = ("softmax", "linear", "castling")
 THRESHOLD_UNITS = ("absolute", "uniform")
@@ -26,6 +26,25 @@ class MaskStats(NamedTuple):
     """Share of the probabilities, one for each query and key, that are above the threshold."""
     kept_mass: Tensor
     """Mean over rows of the probability that is kept."""
+
+
+class HeadInputs(NamedTuple):
+    """What an attention layer attends with, head by head: M queries over N keys."""
+
+    q: Tensor
+    """(B, H, M, K)."""
+    k: Tensor
+    """(B, H, N, K)."""
+    v: Tensor
+    """(B, H, N, V)."""
+    bias: Tensor | None
+    """What softmax mode adds to the logits, broadcastable to (B, H, M, N); None for nothing."""
+    query_hw: tuple[int, int]
+    """Height and width of the queries' grid, without prefix tokens."""
+    key_hw: tuple[int, int]
+    """Height and width of the keys' grid, without prefix tokens."""
+    num_prefix_tokens: int = 0
+    """Tokens before those of the grids, of queries and keys alike."""
 
 
 class MaskedAttention(nn.Module):
@@ -41,7 +60,7 @@ class MaskedAttention(nn.Module):
         eval_aux: keep the masked softmax branch in eval mode.
 
     Attributes:
-        threshold, aux_scale: where the mask stands; the branch is multiplied by `aux_scale` in [0, 1].
+        threshold, aux_scale: where the mask stands; the branch is multiplied by `aux_scale` >= 0.
         mask_stats: what the mask kept in the last forward with the branch; None before.
     """
 
@@ -69,6 +88,17 @@ class MaskedAttention(nn.Module):
     def mask_is_empty(self, num_tokens: int) -> bool:
         """Whether nothing passes, whatever the input: threshold >= 1 in probability, or the branch faded out."""
         return self.absolute_threshold(num_tokens) >= 1 or self.aux_scale == 0
+
+    def head_inputs(self, x: Tensor, hw: tuple[int, int]) -> HeadInputs:
+        """Queries, keys and values of tokens `x` on a map of size `hw`, as the forward makes them."""
+        raise NotImplementedError
+
+    def values_at_queries(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
+        """Tokens (B, N, C) at the keys' places, brought to the queries', (B, M, C); linear. `hw`: as in `head_inputs`.
+
+        Of the values it gives what v/2 of `normalizer="l2"` is taken from.
+        """
+        return x
 
     def _masked_branch(
         self, branch: Callable[..., MaskedSoftmax], *inputs: Tensor, num_keys: int
@@ -168,6 +198,11 @@ class CastlingAttention(MaskedAttention):
             )
         out: Tensor = self.proj_drop(self.proj(self.attend(self.qkv(x), hw)))
         return out
+
+    def head_inputs(self, x: Tensor, hw: tuple[int, int]) -> HeadInputs:
+        """As in `MaskedAttention`; x is (B, N, C)."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return HeadInputs(q, k, v, None, hw, hw, self.num_prefix_tokens)
 
     def attend(self, qkv: Tensor, hw: tuple[int, int]) -> Tensor:
         """The core: everything between the projections `qkv` and `proj`, local convolution included.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from castling_det.layers.attention import MaskedAttention
+from castling_det.layers.attention import HeadInputs, MaskedAttention
 from castling_det.layers.linear_norm import LinearNorm
 from castling_det.layers.local_conv import LocalConv
 from castling_det.ops import linear_angular_attention, masked_softmax
@@ -157,6 +157,11 @@ class LevitAttention(MaskedAttention):
                 f"x: expected (B, {hw[0]} * {hw[1]}, {self.in_dim}) for hw={tuple(hw)}, got {tuple(x.shape)}; "
                 "pass the height and width of the map that x was flattened from"
             )
+        out: Tensor = self.proj(self.attend(*self._projected(x, hw), hw))
+        return out
+
+    def _projected(self, x: Tensor, hw: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, M, H, K), keys (B, N, H, K) and values (B, N, H, V)."""
         if self.query_stride == 1:
             heads = self.qkv(x).unflatten(-1, (self.num_heads, -1))
             q_BMHK, k_BNHK, v_BNHV = heads.split([self.key_dim, self.key_dim, self.value_dim], dim=-1)
@@ -164,8 +169,17 @@ class LevitAttention(MaskedAttention):
             heads = self.kv(x).unflatten(-1, (self.num_heads, -1))
             k_BNHK, v_BNHV = heads.split([self.key_dim, self.value_dim], dim=-1)
             q_BMHK = self.q(_subsampled(x, hw, self.query_stride)).unflatten(-1, (self.num_heads, -1))
-        out: Tensor = self.proj(self.attend(q_BMHK, k_BNHK, v_BNHV, hw))
-        return out
+        return q_BMHK, k_BNHK, v_BNHV
+
+    def head_inputs(self, x: Tensor, hw: tuple[int, int]) -> HeadInputs:
+        """As in `MaskedAttention`; x is (B, N, C)."""
+        q, k, v = (part.transpose(1, 2) for part in self._projected(x, hw))
+        bias = self.biases(hw) if self.mode == "softmax" else None
+        return HeadInputs(q, k, v, bias, subsampled_hw(hw, self.query_stride), hw)
+
+    def values_at_queries(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
+        """Every `query_stride`-th row and column of the map."""
+        return _subsampled(x, hw, self.query_stride)
 
     def attend(self, q_BMHK: Tensor, k_BNHK: Tensor, v_BNHV: Tensor, hw: tuple[int, int]) -> Tensor:
         """The core: everything between the projections, local convolution included.

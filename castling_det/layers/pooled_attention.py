@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from castling_det.layers.attention import MaskedAttention
+from castling_det.layers.attention import HeadInputs, MaskedAttention
 from castling_det.layers.local_conv import LocalConv
 from castling_det.layers.relative_position import relative_position_logits, table_length
 from castling_det.ops import linear_angular_attention, masked_softmax
@@ -126,13 +126,8 @@ class PooledAttention(MaskedAttention):
                 f"x: expected (B, {hw[0]} * {hw[1]}, {self.dim}) for hw={tuple(hw)}, got {tuple(x.shape)}; "
                 "pass the height and width of the map that x was flattened from"
             )
-        query_hw, key_hw = self.grids(hw)
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        q = _pooled(q, hw, self.pool_q, self.norm_q)
-        k = _pooled(k, hw, self.pool_k, self.norm_k)
-        v = _pooled(v, hw, self.pool_v, self.norm_v)
+        q, k, v, logits, query_hw, key_hw, _ = self.head_inputs(x, hw)
         if self.mode == "softmax":
-            logits = relative_position_logits(q, query_hw, key_hw, self.rel_pos_h, self.rel_pos_w)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=logits)
         else:
             aux = self._masked_branch(masked_softmax, q, k, v, num_keys=k.shape[2])
@@ -143,6 +138,22 @@ class PooledAttention(MaskedAttention):
             merged = merged + self._at_queries(self.dconv(_merged(v), key_hw), query_hw, key_hw)
         out: Tensor = self.proj(merged)
         return out, query_hw
+
+    def head_inputs(self, x: Tensor, hw: tuple[int, int]) -> HeadInputs:
+        """As in `MaskedAttention`; x is (B, N, dim), and q, k, v are pooled."""
+        query_hw, key_hw = self.grids(hw)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q = _pooled(q, hw, self.pool_q, self.norm_q)
+        k = _pooled(k, hw, self.pool_k, self.norm_k)
+        v = _pooled(v, hw, self.pool_v, self.norm_v)
+        logits = None
+        if self.mode == "softmax":
+            logits = relative_position_logits(q, query_hw, key_hw, self.rel_pos_h, self.rel_pos_w)
+        return HeadInputs(q, k, v, logits, query_hw, key_hw)
+
+    def values_at_queries(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
+        """The value of the coarser cell that a query lies in, or the mean of the finer cells that it covers."""
+        return self._at_queries(x, *self.grids(hw))
 
     def grids(self, hw: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
         """Height and width of the queries' and of the keys' grid, for a map of height and width `hw`."""
