@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from castling_det.conversion.limits import check_archive, check_content
 from castling_det.conversion.weights import STATE_DICT_KEYS
 
 __all__ = ["load_checkpoint"]
@@ -49,9 +50,15 @@ def _statistic_name(owner: object, name: str) -> str:
     return name
 
 
+def _empty_array(subtype: type[np.ndarray[Any, Any]], shape: object, code: object) -> np.ndarray[Any, Any]:
+    # A pickled array is made empty and filled after that; numpy's own function makes it of any size.
+    if subtype is not np.ndarray or shape != (0,):
+        raise pickle.UnpicklingError(f"an array that starts with the shape {shape!r:.40}; expected (0,)")
+    return np.empty(0, dtype=np.int8)
+
+
 def _allowed_globals() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
     """All that an mmengine Runner checkpoint holds beyond what torch allows by itself."""
-    reconstruct: Any = np.zeros(1).__reduce__()[0]
     scalar: Any = np.float64(0).__reduce__()[0]
     allowed: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
         (_ScalarHistory, "mmengine.logging.history_buffer.HistoryBuffer"),
@@ -60,7 +67,7 @@ def _allowed_globals() -> list[Callable[..., Any] | tuple[Callable[..., Any], st
         (np.dtype, "numpy.dtype"),
     ]
     for module in ("numpy.core.multiarray", "numpy._core.multiarray"):  # numpy 1 and 2 write different names
-        allowed += [(reconstruct, f"{module}._reconstruct"), (scalar, f"{module}.scalar")]
+        allowed += [(_empty_array, f"{module}._reconstruct"), (scalar, f"{module}.scalar")]
     # Objects of these are built, never named. Number types only: arrays of objects stay out.
     for code in "?bBhHiIlLqQefd":
         dtype_class = type(np.dtype(code))
@@ -90,7 +97,9 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         The top-level dict as it was saved; for safetensors the tensors by name.
 
     Raises:
-        ValueError: missing, empty, truncated or damaged file; not a checkpoint; a pickle that asks for more.
+        ValueError: missing, empty, truncated or damaged file; not a checkpoint; a pickle that asks for more; sizes
+            that the file's own bytes cannot hold.
+        OSError: the file cannot be read.
     """
     path = Path(path)
     if not path.exists():
@@ -101,6 +110,15 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         head = file.read(32)
     if not head:
         raise ValueError(f"checkpoint {path}: is empty (0 bytes); take another one")
+    try:
+        checkpoint = _read(path, head)
+    except MemoryError as error:
+        raise ValueError(f"checkpoint {path}: asks for more memory than there is; is it the right file?") from error
+    check_content(checkpoint, path)
+    return checkpoint
+
+
+def _read(path: Path, head: bytes) -> dict[str, Any]:
     if path.suffix == ".safetensors" or head[8:9] == b"{":
         return _load_safetensors(path)
     if head.startswith(_ZIP_MAGIC):
@@ -131,6 +149,7 @@ def _check_archive(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
+            check_archive(archive, path)
     except zipfile.BadZipFile as error:
         raise ValueError(f"checkpoint {path}: truncated or damaged ({error}); {_AGAIN}") from error
     if not any(name.endswith("/data.pkl") for name in names):

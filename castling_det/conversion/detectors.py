@@ -15,6 +15,7 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from torch import Tensor, nn
 
+from castling_det.conversion.limits import not_finite, other_kinds
 from castling_det.layers import ATTENTION_MODES
 
 __all__ = ["build_detector", "load_config", "load_exactly", "trained_attention", "with_attention"]
@@ -92,7 +93,8 @@ def load_exactly(model: nn.Module, tensors: Mapping[str, Tensor], source: str | 
     """Loads `tensors` so that every entry finds its place and every place an entry.
 
     Raises:
-        ValueError: missing or unexpected names, other shapes, or values that are not finite; each is named.
+        ValueError: missing or unexpected names, other shapes or kinds of number, values that are not finite; each is
+            named.
     """
     target = model.state_dict()
     missing = [name for name in target if name not in tensors]
@@ -104,7 +106,12 @@ def load_exactly(model: nn.Module, tensors: Mapping[str, Tensor], source: str | 
     ]
     faults = [
         f"{len(names)} {what}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
-        for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+        for what, names in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("of another shape", shapes),
+            ("of another kind of number", other_kinds(tensors, target)),
+        )
         if names
     ]
     if faults:
@@ -112,8 +119,7 @@ def load_exactly(model: nn.Module, tensors: Mapping[str, Tensor], source: str | 
             f"checkpoint {source}: another architecture than the config's ({'; '.join(faults)}); give the "
             "config that it was trained with"
         )
-    broken = [name for name, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]
-    if broken:
+    if broken := not_finite(tensors, target):
         raise ValueError(
             f"checkpoint {source}: values that are not finite in {len(broken)} tensors, such as {broken[0]}; "
             "the training diverged, take an earlier checkpoint"

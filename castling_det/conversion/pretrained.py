@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from castling_det.conversion import levit_keys, mvit_keys, vit_keys
 from castling_det.conversion.checkpoints import load_checkpoint
+from castling_det.conversion.limits import not_finite, other_kinds
 from castling_det.conversion.vit_keys import adopt_distillation_token, is_square, split_positions
 from castling_det.conversion.weights import select_weights
 from castling_det.registry import WEIGHT_INITIALIZERS
@@ -85,8 +86,8 @@ def load_pretrained(
         weights: `"auto"`, `"ema"` or `"online"`, as `castling_det.conversion.select_weights` takes it.
 
     Raises:
-        ValueError: unreadable file, another width or block layout, or less than `min_fraction` loaded. The
-            backbone is then as it was.
+        ValueError: unreadable file, another width, block layout or kind of number, values that are not finite, or
+            less than `min_fraction` loaded. The backbone is then as it was.
     """
     if not 0 <= min_fraction <= 1:
         raise ValueError(f"min_fraction={min_fraction}: expected a share in [0, 1], such as 0.95")
@@ -105,6 +106,7 @@ def load_pretrained(
     for table in (levit_keys, mvit_keys):
         table.resize_tables(filled, target, resized)
     _check_shapes(path, filled, target)
+    _check_numbers(path, filled, target)
     report = _report(path, backbone, filled, resized, {**dropped, **reasons})
     if report.vit_fraction < min_fraction:
         raise ValueError(
@@ -163,6 +165,19 @@ def _check_shapes(path: str | os.PathLike[str], filled: dict[str, Tensor], targe
         raise ValueError(
             f"checkpoint {path}: {len(wrong)} shapes differ from the backbone's, such as "
             f"{'; '.join(wrong[:3])}; give the backbone its arch or embed_dims, mlp_ratio and in_channels"
+        )
+
+
+def _check_numbers(path: str | os.PathLike[str], filled: dict[str, Tensor], target: dict[str, Tensor]) -> None:
+    if kinds := other_kinds(filled, target):
+        raise ValueError(
+            f"checkpoint {path}: {len(kinds)} tensors hold another kind of number than the backbone's, such as "
+            f"{'; '.join(kinds[:3])}; give floating-point weights"
+        )
+    if broken := not_finite(filled, target):
+        raise ValueError(
+            f"checkpoint {path}: values that are not finite in {len(broken)} tensors, such as {broken[0]}; "
+            "take another file"
         )
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
-from .image_checks import has_id
+from .image_checks import has_id, is_finite
 from .problems import Problem, examples
 
 __all__ = ["TOLERATED_SHARE", "check_boxes"]
@@ -40,10 +39,6 @@ _RULES = {
 _ALWAYS_ERRORS = ("no_box", "unknown_image", "unknown_category", "negative", "no_area")
 
 
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _among(identifier: Any, known: Container[Any]) -> bool:
     return isinstance(identifier, int | str) and identifier in known
 
@@ -53,7 +48,7 @@ def _fault(
 ) -> str:
     """The key in `_RULES` of the first rule that the annotation breaks, or an empty string."""
     box = annotation.get("bbox")
-    if not isinstance(box, list | tuple) or len(box) != 4 or not all(map(_number, box)):
+    if not isinstance(box, list | tuple) or len(box) != 4 or not all(map(is_finite, box)):
         return "no_box"
     if not _among(annotation.get("image_id"), sizes):
         return "unknown_image"
@@ -62,7 +57,7 @@ def _fault(
     x, y, width, height = box
     if width < 0 or height < 0:
         return "negative"
-    if not _number(annotation.get("area")):
+    if not is_finite(annotation.get("area")):
         return "no_area"
     if width < 1 or height < 1 or annotation["area"] <= 0:
         return "empty"

@@ -57,6 +57,9 @@ def check_annotation_file(
         return unreadable("is empty (0 bytes).", fix)
     try:
         data = json.loads(source.read_bytes())
+    except RecursionError:
+        fix = "a COCO file is an object of lists of objects; get it from its source again."
+        return unreadable("holds containers inside one another, hundreds deep.", fix)
     except ValueError as error:
         fix = "the file is damaged, incomplete or of another format; write or copy it again."
         return unreadable(f"is not JSON ({error}).", fix)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import Any
 
 from .problems import Problem, examples
 
-__all__ = ["check_images", "has_id", "image_sizes"]
+__all__ = ["check_images", "has_id", "image_sizes", "is_finite"]
 
 _NUMBERING = "number the images from 1, each id once."
 
@@ -20,12 +21,23 @@ def has_id(entry: Any) -> bool:
     return isinstance(entry, Mapping) and isinstance(entry.get("id"), int | str)
 
 
+def is_finite(value: Any) -> bool:
+    """Whether `value` is a number that a float holds; JSON has NaN, infinity and integers of any length."""
+    if type(value) is not int and type(value) is not float:
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
 def image_sizes(images: Sequence[Any]) -> dict[Any, tuple[float, float] | None]:
     """(width, height) in pixels by image id; None where they are missing or not positive."""
 
     def size(image: Mapping[str, Any]) -> tuple[float, float] | None:
-        width, height = image.get("width"), image.get("height")
-        if not isinstance(width, int | float) or not isinstance(height, int | float):
+        width: Any = image.get("width")
+        height: Any = image.get("height")
+        if not is_finite(width) or not is_finite(height):
             return None
         return (width, height) if width > 0 and height > 0 else None
 
@@ -85,7 +97,7 @@ def _missing(names: Sequence[str], root: Path) -> list[str]:
         if folder not in listed:
             try:
                 listed[folder] = set(os.listdir(root / folder))
-            except OSError:
+            except (OSError, ValueError):  # the latter for a NUL in the name
                 listed[folder] = set()
         if file not in listed[folder]:
             missing.append(name)

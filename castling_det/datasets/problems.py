@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 __all__ = ["Problem", "examples", "raise_for_problems"]
+
+
+# What a file holds may be nested, or megabytes long.
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 120
 
 
 @dataclass(frozen=True)
@@ -28,7 +34,7 @@ class Problem:
 
 def examples(values: Sequence[object], limit: int = 5) -> str:
     """The first few values, and how many more there are."""
-    shown = ", ".join(repr(value) for value in values[:limit])
+    shown = ", ".join(_SHORT.repr(value) for value in values[:limit])
     return shown if len(values) <= limit else f"{shown} and {len(values) - limit} more"
 
 

@@ -254,9 +254,9 @@ def test_a_hundred_thousand_annotations_take_seconds(tmp_path: Path) -> None:
     data = sound(images=10_000, boxes=10)
     path = tmp_path / "train.json"
     path.write_text(json.dumps(data))
-    start = time.perf_counter()
+    start = time.process_time()
     assert check_annotation_file(path, classes=CLASSES) == []
-    assert time.perf_counter() - start < 5.0
+    assert time.process_time() - start < 5.0
 
 
 class Modules:
