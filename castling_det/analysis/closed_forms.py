@@ -7,6 +7,7 @@ module that is in no list is an error and not a zero.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -25,7 +26,7 @@ ClosedForm = Callable[[Any, Call], dict[str, int]]
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
-_CLOSED_FORMS: dict[type[nn.Module], ClosedForm] = {}
+_CLOSED_FORMS: dict[type[nn.Module] | str, ClosedForm] = {}
 
 _FREE_TYPES: tuple[type[nn.Module], ...] = (
     nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm,
@@ -58,15 +59,11 @@ _FREE_NAMES = frozenset({
 # Parameters that a module with children adds, repeats or scales by, once an element.
 _FREE_PARAMETERS = frozenset({"pos_embed", "cls_token", "reg_token", "absolute_pos_embed", "level_embed", "gamma"})
 
-# Kernels of their own beside children that do have closed forms: the children alone would be too little.
-_UNCOUNTED_NAMES = frozenset({
-    "mmcv.ops.multi_scale_deform_attn.MultiScaleDeformableAttention",
-    "mmdet.models.layers.transformer.deformable_detr_layers.MultiScaleDeformableAttention",
-})  # fmt: skip
+def register_closed_form(module_type: type[nn.Module] | str) -> Callable[[ClosedForm], ClosedForm]:
+    """Decorator: the closed form of `module_type`, its subclasses included, all its children counted in it.
 
-
-def register_closed_form(module_type: type[nn.Module]) -> Callable[[ClosedForm], ClosedForm]:
-    """Decorator: the closed form of `module_type`, its subclasses included, all its children counted in it."""
+    A type is also given by its full name, `package.module.Class`: then its package is not imported.
+    """
 
     def register(form: ClosedForm) -> ClosedForm:
         _CLOSED_FORMS[module_type] = form
@@ -77,15 +74,17 @@ def register_closed_form(module_type: type[nn.Module]) -> Callable[[ClosedForm],
 
 def closed_form(module: nn.Module) -> ClosedForm | None:
     """The closed form of the nearest registered class of `module`, or None."""
-    return next((_CLOSED_FORMS[base] for base in type(module).__mro__ if base in _CLOSED_FORMS), None)
+    for base in type(module).__mro__:
+        form = _CLOSED_FORMS.get(base) or _CLOSED_FORMS.get(f"{base.__module__}.{base.__qualname__}")
+        if form is not None:
+            return form
+    return None
 
 
 def uncounted(module: nn.Module) -> str | None:
     """What a module without a closed form does that no list says is free, in words; None if nothing."""
     name = type(module).__qualname__
     full_name = f"{type(module).__module__}.{name}"
-    if full_name in _UNCOUNTED_NAMES:
-        return f"{name} (its kernel)"
     if isinstance(module, _FREE_TYPES) or full_name in _FREE_NAMES or type(module) in _CONTAINERS:
         return None
     if next(module.children(), None) is None:
@@ -145,6 +144,25 @@ def _multihead_attention(module: nn.MultiheadAttention, call: Call) -> dict[str,
         "attention_scores": products,
         "attention_values": products,
         "projections": (inputs + rows * module.embed_dim) * module.embed_dim,
+    }
+
+
+@register_closed_form("mmcv.ops.multi_scale_deform_attn.MultiScaleDeformableAttention")
+def _deformable_attention(module: Any, call: Call) -> dict[str, int]:
+    """Each query takes L * P samples in each head, M channels over all heads: 4 neighbours each, and a weighted sum.
+
+    Offsets (two a sample) and weights (one) are projections of the query; nothing is compared with a key.
+    """
+    bound = inspect.signature(module.forward).bind(*call[0], **call[1]).arguments
+    query = bound["query"]
+    value = query if bound.get("value") is None else bound["value"]
+    queries, values = math.prod(query.shape[:-1]), math.prod(value.shape[:-1])
+    width = module.value_proj.out_features
+    samples = module.num_heads * module.num_levels * module.num_points
+    weights_and_offsets = queries * module.embed_dims * 3 * samples
+    return {
+        "projections": (values + queries) * module.embed_dims * width + weights_and_offsets,
+        "attention_values": 5 * queries * module.num_levels * module.num_points * width,
     }
 
 

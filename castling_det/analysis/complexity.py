@@ -1,8 +1,9 @@
 """Parameters and multiply-adds (MACs) of a detector at an input shape. No data set, no weights, no measurement.
 
-One forward in eval mode tells the shapes; the numbers are closed forms of them (`closed_forms`). A second,
-independent count of the matrix products and convolutions that PyTorch ran stands guard: products that no closed form
-covers, such as those of an attention of an unknown type, are an error that names the module.
+One forward in eval mode tells the shapes; the numbers are closed forms of them (`closed_forms`). Two guards stand
+beside them. An independent count of the matrix products and convolutions that PyTorch ran: products that no closed
+form covers, such as those of an attention of an unknown type, are an error that names the module. And a watch on the
+operators: one that multiplies and that no count knows (`operators`) is an error too, never a zero.
 """
 
 from __future__ import annotations
@@ -19,10 +20,24 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from castling_det.analysis.closed_forms import closed_form, uncounted
+from castling_det.analysis.operators import Watch
 
-__all__ = ["Complexity", "ModuleMacs", "count_macs", "detector_complexity"]
+__all__ = ["KINDS", "Complexity", "ModuleMacs", "count_macs", "detector_complexity"]
 
-SCHEMA = "castling_det.complexity/1"
+SCHEMA = "castling_det.complexity/2"
+"""Name and version of the JSON form. A change of any field, or of what a kind means, raises the version."""
+
+KINDS = {
+    "attention_scores": "q k^T of softmax attention, k^T v of linear attention",
+    "attention_values": "p v of softmax attention, q (k^T v) of linear attention, sampling of deformable attention",
+    "projections": "linear layers of an attention: queries, keys, values, offsets, weights, output",
+    "mlp": "linear layers of a transformer's feed-forward network",
+    "conv": "convolutions outside of heads",
+    "head": "convolutions and linear layers of `*_head` parts that are in no attention",
+    "local_conv": "the depthwise convolution beside attention",
+    "linear": "linear layers elsewhere",
+}
+"""What the multiply-adds of a detector are told apart by."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +57,10 @@ class ModuleMacs:
 
 @dataclass(frozen=True)
 class Complexity:
-    """A detector on one image of `input_shape` (height, width), padded to `padded_shape` as its config says."""
+    """A detector on one image of `input_shape` (height, width) in pixels, padded to `padded_shape` as its config says.
+
+    `params` is a number of parameters, `macs` one of multiply-adds, `gmacs` 10^9 of them. Kinds are `KINDS`.
+    """
 
     config: str
     input_shape: tuple[int, int]
@@ -83,16 +101,21 @@ def count_macs(model: nn.Module, *inputs: Any, **keywords: Any) -> tuple[ModuleM
     handles = [module.register_forward_hook(hook, with_kwargs=True) for module in names]
     attention = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
     mapping = {attention: _fused_attention_flops} if attention is not None else {}
+    watch = Watch(names, whole)
     try:
         with (
             _evaluated(model),
             torch.no_grad(),
+            watch.modules_tracked(),
             FlopCounterMode(display=False, custom_mapping=mapping) as flops,
+            watch,
         ):
             model(*inputs, **keywords)
     finally:
         for handle in handles:
             handle.remove()
+    for name, operators in watch.problems.items():
+        problems.setdefault(name, f"the operators {', '.join(sorted(operators))}")
     if problems:
         listed = "; ".join(f"{name or '(the model)'}: {problem}" for name, problem in problems.items())
         raise ValueError(
@@ -165,10 +188,12 @@ def _record(name: str, module: nn.Module, calls: int, macs: dict[str, int]) -> M
 
 
 def _kind(name: str, kind: str) -> str:
-    """A linear layer is told by where it stands: in an MLP, in an attention, or elsewhere."""
+    """A layer is told by where it stands: in a head; a linear one in an MLP, in an attention, or elsewhere."""
+    components = name.split(".")
+    if kind in ("conv", "linear") and components[0].endswith("_head"):
+        return "head"
     if kind != "linear":
         return kind
-    components = name.split(".")
     if {"mlp", "ffn", "ffns"} & set(components):
         return "mlp"
     return "projections" if any("attn" in component for component in components) else "linear"
