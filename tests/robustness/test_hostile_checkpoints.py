@@ -1,0 +1,270 @@
+"""Checkpoints that are built to harm are refused by name: none runs code, none takes more than its own size."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import sys
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from castling_det.conversion import limits, load_checkpoint, load_pretrained, select_weights
+from castling_det.models import CastlingViT
+from tests.robustness.hostile_files import (
+    Calls,
+    overlapping_zip,
+    rezipped,
+    safetensors_bytes,
+    saved,
+    with_pickle,
+)
+
+WEIGHTS = {"w": torch.arange(16.0)}
+
+
+def _write(content: bytes) -> Callable[[Path], Any]:
+    return lambda path: path.write_bytes(content)
+
+
+def _declaring(elements: int) -> bytes:
+    """A tensor of 16 floats whose pickle says that it has more."""
+    # The storage's count stands before its TUPLE.
+    return _edited(b"K\x10tq", _long(elements) + b"tq", _edited(b"K\x10\x85", _long(elements) + b"\x85"))
+
+
+def _long(number: int) -> bytes:
+    return b"\x8a\x08" + number.to_bytes(8, "little")
+
+
+def _edited(old: bytes, new: bytes, whole: bytes | None = None) -> bytes:
+    whole = whole or saved(WEIGHTS)
+    with zipfile.ZipFile(io.BytesIO(whole)) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith("data.pkl"))
+        text = archive.read(name)
+    assert old in text
+    return rezipped(whole, {"data.pkl": text.replace(old, new)})
+
+
+def _shape_only(elements: int) -> bytes:
+    """The storage is as large as it says, the tensor's shape is not."""
+    return _edited(b"K\x10\x85", _long(elements) + b"\x85")
+
+
+def _nested(depth: int) -> list[Any]:
+    value: list[Any] = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+def _laughs(levels: int) -> list[Any]:
+    value: list[Any] = [0]
+    for _ in range(levels):
+        value = [value, value]
+    return value
+
+
+def _endless() -> list[Any]:
+    value: list[Any] = []
+    value.append(value)
+    return value
+
+
+def _deep_pickle(depth: int) -> bytes:
+    return rezipped(saved({}), {"data.pkl": b"\x80\x02" + b"]" * depth + b"a" * (depth - 1) + b"."})
+
+
+HEADER = {"w": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}
+
+# What it is: how the file is made, what the refusal says.
+REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "a compressed record of 100 MB in 100 KB": (
+        lambda path: path.write_bytes(
+            rezipped(saved(WEIGHTS), {"data/0": bytes(10**8)}, compression=zipfile.ZIP_DEFLATED)
+        ),
+        r"record 'archive/data\.pkl' is compressed",
+    ),
+    "one record that 10,000 names share": (
+        lambda path: overlapping_zip(path, 10_000),
+        r"records declare 1000\d+ bytes in a file of",
+    ),
+    "a record shorter than its tensor": (_write(_declaring(2**40)), "truncated or damaged"),
+    "a shape larger than its storage": (_write(_shape_only(2**40)), "truncated or damaged"),
+    "rows that are all the same memory": (
+        lambda path: torch.save({"w": torch.zeros(1).expand(10**6, 10**6)}, path),
+        r"entry 'w' declares shape \(1000000, 1000000\), 4000000000000 bytes, in a file of \d+",
+    ),
+    "the same, in the old format": (
+        _write(saved({"model": {"w": torch.zeros(1).expand(10**6, 10**6)}}, zipped=False)),
+        r"entry 'model\.w' declares shape",
+    ),
+    "a tensor without values": (
+        lambda path: torch.save({"w": torch.empty(3, device="meta")}, path),
+        "entry 'w' is a tensor without values",
+    ),
+    "a sparse tensor": (  # torch warns while it reads one
+        lambda path: torch.save({"w": torch.zeros(10**5, 10**5, layout=torch.sparse_coo)}, path),
+        "entry 'w' is a Tensor of layout torch.sparse_coo",
+    ),
+    "an array of a terabyte": (
+        _write(with_pickle({"w": Calls(np.zeros(1).__reduce__()[0], np.ndarray, (10**12,), b"b")})),
+        "not a checkpoint|does not read safely",
+    ),
+    "10,000 lists in one another": (_write(_deep_pickle(10_000)), "100 deep|holds a list|truncated or damaged"),
+    "a dict of lists 200 deep": (_write(with_pickle({"meta": _nested(200)})), r"entry 'meta\.0.* 100 deep"),
+    "a list that holds itself": (_write(with_pickle({"meta": _endless()})), "deep, or itself"),
+    "2 ** 60 entries by reference": (
+        _write(with_pickle({"meta": _laughs(60)})),
+        "unfolds to more than 10000000 entries",
+    ),
+    "a truncated safetensors header": (
+        _write(safetensors_bytes(HEADER, bytes(16), length=10**6)),
+        "no whole safetensors",
+    ),
+    "a header of 2 ** 60 bytes": (_write(safetensors_bytes(HEADER, bytes(16), length=2**60)), "no whole safetensors"),
+    "a header of no JSON": (_write(safetensors_bytes(b'{"w": {"dtype"', bytes(16))), "no whole safetensors"),
+    "a header 100,000 deep": (
+        _write(safetensors_bytes(b'{"w":' * 100_000 + b"1" + b"}" * 100_000)),
+        "no whole safetensors",
+    ),
+    "offsets outside the file": (
+        _write(safetensors_bytes({"w": {"dtype": "F32", "shape": [4], "data_offsets": [0, 2**50]}}, bytes(16))),
+        "no whole safetensors",
+    ),
+    "offsets backwards": (
+        _write(safetensors_bytes({"w": {"dtype": "F32", "shape": [4], "data_offsets": [16, 0]}}, bytes(16))),
+        "no whole safetensors",
+    ),
+    "a shape that overflows": (
+        _write(safetensors_bytes({"w": {"dtype": "F32", "shape": [2**62, 2**62], "data_offsets": [0, 16]}}, bytes(16))),
+        "no whole safetensors",
+    ),
+    "an unknown dtype": (
+        _write(safetensors_bytes({"w": {"dtype": "F999", "shape": [4], "data_offsets": [0, 16]}}, bytes(16))),
+        "no whole safetensors",
+    ),
+    "two tensors in one place": (
+        _write(safetensors_bytes({**HEADER, "v": HEADER["w"]}, bytes(16))),
+        "no whole safetensors",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
+@pytest.mark.parametrize("case", REFUSED)
+def test_hostile_checkpoints_are_refused(tmp_path: Path, case: str) -> None:
+    make, message = REFUSED[case]
+    path = tmp_path / ("x.safetensors" if "no whole safetensors" in message else "x.pth")
+    make(path)
+    start = time.process_time()
+    with pytest.raises(ValueError, match=message) as caught:
+        load_checkpoint(path)
+    assert str(path) in str(caught.value)
+    assert time.process_time() - start < 5, "refused before the harm"
+
+
+def test_controls_are_read(tmp_path: Path) -> None:
+    """The same builders without the harm."""
+    path = tmp_path / "x.pth"
+    for content in (rezipped(saved(WEIGHTS), {}), _declaring(16), _shape_only(16)):
+        path.write_bytes(content)
+        torch.testing.assert_close(load_checkpoint(path), WEIGHTS)
+    path.write_bytes(with_pickle({"meta": _nested(50), "more": _laughs(10)}))
+    assert load_checkpoint(path)["meta"] == _nested(50)
+    path.write_bytes(safetensors_bytes(HEADER, bytes(16)))
+    torch.testing.assert_close(load_checkpoint(path), {"w": torch.zeros(4)})
+    shared = torch.zeros(3).expand(4, 3)
+    torch.save({"w": shared, "v": [shared, shared]}, path)
+    assert load_checkpoint(path)["w"].shape == (4, 3)
+
+
+def _ways_to_call(target: Path) -> dict[str, Any]:
+    text = f"open({str(target)!r}, 'w').close()"
+    return {
+        "os.system": Calls(os.system, f"touch {target}"),
+        "exec": Calls(exec, text),
+        "eval": Calls(eval, text),
+        "open": Calls(open, str(target), "w"),
+        "compile, later": Calls(__import__, "antigravity"),
+        "torch.load": Calls(torch.load, str(target)),
+        "getattr": Calls(getattr, torch.Tensor, "apply_"),
+        "sys.exit": Calls(sys.exit, 3),
+        "numpy.memmap": Calls(np.memmap, str(target), "uint8", "w+", 0, 8),
+    }
+
+
+@pytest.mark.parametrize("way", _ways_to_call(Path("x")))
+@pytest.mark.parametrize("place", ["meta", "state_dict", "key"])
+def test_no_way_of_calling_is_followed(tmp_path: Path, way: str, place: str) -> None:
+    target, path = tmp_path / "canary", tmp_path / "x.pth"
+    call = _ways_to_call(target)[way]
+    content = {"state_dict": {"w": torch.zeros(1)}}
+    if place == "key":
+        content[call] = 1  # type: ignore[index]
+    else:
+        content[place] = call
+    for zipped in (True, False):
+        path.write_bytes(saved(content, zipped=zipped))
+        with pytest.raises(ValueError, match="was not loaded"):
+            load_checkpoint(path)
+        assert not target.exists()
+
+
+def test_control_the_canary_sings(tmp_path: Path) -> None:
+    target = tmp_path / "canary"
+    for way in ("os.system", "exec", "eval", "open", "numpy.memmap"):
+        pickle.loads(pickle.dumps(_ways_to_call(target)[way]))
+        assert target.exists(), way
+        target.unlink()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.to(torch.int8), r"another kind of number.*patch_embed\.proj\.weight int8 for float32"),
+        (lambda w: w.to(torch.complex64), r"complex64 for float32"),
+        (lambda w: w.bool(), r"bool for float32"),
+        (lambda w: torch.full_like(w, float("nan")), r"not finite in 1 tensors, such as patch_embed\.proj\.weight"),
+        (lambda w: torch.full_like(w, 1e300, dtype=torch.float64), r"not finite"),
+        (lambda w: w[:, :1], r"shapes differ.*patch_embed\.proj\.weight"),
+    ],
+)
+def test_pretrained_tensors_that_do_not_fit_are_named(tmp_path: Path, change: Any, message: str) -> None:
+    model = CastlingViT(embed_dims=16, depth=1, num_heads=2, patch_size=8, img_size=32, out_indices=(0,))
+    state = {name: torch.randn_like(value) for name, value in model.state_dict().items()}
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    spoilt = {**state, "patch_embed.proj.weight": change(state["patch_embed.proj.weight"])}
+    path = tmp_path / "x.safetensors"
+    save_file({name: value.contiguous() for name, value in spoilt.items()}, path)
+    with pytest.raises(ValueError, match=message):
+        load_pretrained(model, path)
+    torch.testing.assert_close(dict(model.state_dict()), before)
+    half = {name: value.half() for name, value in state.items()}
+    save_file(half, path)
+    load_pretrained(model, path)
+    torch.testing.assert_close(model.patch_embed.proj.weight.data, half["patch_embed.proj.weight"].float())
+
+
+def test_kinds_of_numbers() -> None:
+    target = {"f": torch.zeros(1), "i": torch.zeros(1, dtype=torch.int64)}
+    assert limits.other_kinds({"f": torch.zeros(1).bfloat16(), "i": torch.zeros(1, dtype=torch.int32)}, target) == []
+    assert limits.other_kinds({"f": torch.zeros(1, dtype=torch.int64), "x": torch.zeros(1)}, target) == [
+        "f int64 for float32"
+    ]
+
+
+def test_a_state_dict_of_something_else(tmp_path: Path) -> None:
+    path = tmp_path / "x.pth"
+    for content in ({"state_dict": {"w": [1, 2]}}, {"state_dict": {3: torch.zeros(1)}}, {"model": {}}):
+        torch.save(content, path)
+        with pytest.raises(ValueError, match="no state dict"):
+            select_weights(load_checkpoint(path), path)
