@@ -45,6 +45,10 @@ class HeadInputs(NamedTuple):
     """Height and width of the keys' grid, without prefix tokens."""
     num_prefix_tokens: int = 0
     """Tokens before those of the grids, of queries and keys alike."""
+    query_stride: int = 1
+    """Places of the layer's map from one query to the next."""
+    key_stride: int = 1
+    """Places of the layer's map from one key to the next."""
 
 
 class MaskedAttention(nn.Module):

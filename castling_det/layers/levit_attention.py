@@ -175,7 +175,7 @@ class LevitAttention(MaskedAttention):
         """As in `MaskedAttention`; x is (B, N, C)."""
         q, k, v = (part.transpose(1, 2) for part in self._projected(x, hw))
         bias = self.biases(hw) if self.mode == "softmax" else None
-        return HeadInputs(q, k, v, bias, subsampled_hw(hw, self.query_stride), hw)
+        return HeadInputs(q, k, v, bias, subsampled_hw(hw, self.query_stride), hw, query_stride=self.query_stride)
 
     def values_at_queries(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
         """Every `query_stride`-th row and column of the map."""

@@ -126,7 +126,7 @@ class PooledAttention(MaskedAttention):
                 f"x: expected (B, {hw[0]} * {hw[1]}, {self.dim}) for hw={tuple(hw)}, got {tuple(x.shape)}; "
                 "pass the height and width of the map that x was flattened from"
             )
-        q, k, v, logits, query_hw, key_hw, _ = self.head_inputs(x, hw)
+        q, k, v, logits, query_hw, key_hw, *_ = self.head_inputs(x, hw)
         if self.mode == "softmax":
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=logits)
         else:
@@ -149,7 +149,8 @@ class PooledAttention(MaskedAttention):
         logits = None
         if self.mode == "softmax":
             logits = relative_position_logits(q, query_hw, key_hw, self.rel_pos_h, self.rel_pos_w)
-        return HeadInputs(q, k, v, logits, query_hw, key_hw)
+        strides = {"query_stride": self.stride_q, "key_stride": self.stride_kv}
+        return HeadInputs(q, k, v, logits, query_hw, key_hw, **strides)
 
     def values_at_queries(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
         """The value of the coarser cell that a query lies in, or the mean of the finer cells that it covers."""
