@@ -6,8 +6,25 @@ torchvision stand in where mmcv has no compiled operators; torch, mmengine and m
 
 from castling_det import startup as _startup
 
-__all__ = ["__version__"]
+TYPE_CHECKING = False  # importing typing would cost 8 ms
+if TYPE_CHECKING:
+    from castling_det.datasets.check_dataset import check_dataset
+    from castling_det.detector import Detector
+
+__all__ = ["Detector", "__version__", "check_dataset"]
 
 __version__ = "0.1.0"
 
 _startup.install()
+
+
+_LAZY = {"Detector": "castling_det.detector", "check_dataset": "castling_det.datasets.check_dataset"}
+
+
+def __getattr__(name: str) -> object:
+    """What needs more than the standard library is imported when it is first asked for."""
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_LAZY[name]), name)

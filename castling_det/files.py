@@ -15,14 +15,14 @@ __all__ = ["atomic_write", "sha256_of", "write_json", "write_text"]
 
 
 @contextmanager
-def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; on success it is synced and takes the name `path`.
+def atomic_write(path: str | os.PathLike[str], *, suffix: str = ".part") -> Iterator[Path]:
+    """Yields a temporary path beside `path`, ending in `suffix`; on success it is synced and takes the name `path`.
 
     On any error, a full disk included, the temporary file is removed and an older `path` is left as it was.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
+    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=suffix, dir=target.parent)
     os.close(handle)
     temporary = Path(name)
     try:

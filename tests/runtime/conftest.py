@@ -1,0 +1,106 @@
+"""A detector in an ONNX file that says what it sees, without a training: the reddest pixel of an image."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+onnx = pytest.importorskip("onnx")
+from onnx import TensorProto, helper, numpy_helper  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
+REAL = ROOT / "data" / "tree_crowns"
+FULL = REAL / "full" / "2019_YELL_2_541000_4977000_image_crop.png"
+HALF_SIDE = 4.0
+"""Of the box around the reddest pixel, in pixels of the input."""
+
+METADATA = {
+    "format": "1",
+    "outputs": "detections",
+    "preprocessing": "graph",
+    "classes": ["leaf", "spot"],
+    "pad_size_divisor": 32,
+    "pad_values": [103.5, 116.25, 0.0],
+    "input_size": [64, 64],
+    "pipeline": [{"type": "Resize", "scale": [64, 64], "keep_ratio": True, "interpolation": "bilinear"}],
+    "score_thr": 0.05,
+    "nms_iou": 0.6,
+}
+
+needs_data = pytest.mark.skipif(not FULL.is_file(), reason="run tools/prepare_tree_crowns.py (make test does)")
+
+
+def spot_model(path, *, channels=3, output_names=("boxes", "scores", "labels"), **changes):
+    """Writes the file: box of HALF_SIDE around the maximum of channel 2, its value / 255, label 1; a row of padding.
+
+    A metadata value of None is left out.
+    """
+    constants = {
+        "shape": np.array([0, -1], dtype=np.int64),
+        "two": np.array([2], dtype=np.int64),
+        "three": np.array([3], dtype=np.int64),
+        "one": np.array([1], dtype=np.int64),
+        "middle": np.array(0.5, dtype=np.float32),
+        "corner": np.array([-HALF_SIDE, -HALF_SIDE, HALF_SIDE, HALF_SIDE], dtype=np.float32),
+        "scale": np.array(255.0, dtype=np.float32),
+        "label": np.array(2, dtype=np.int64),
+        "minus": np.array(-1, dtype=np.int64),
+        "box_pads": np.array([0, 0, 0, 0, 1, 0], dtype=np.int64),
+        "row_pads": np.array([0, 0, 0, 1], dtype=np.int64),
+    }
+    node = helper.make_node
+    nodes = [
+        node("Slice", ["images", "two", "three", "one"], ["red"]),
+        node("Reshape", ["red", "shape"], ["flat"]),
+        node("ArgMax", ["flat"], ["at"], axis=1, keepdims=1),
+        node("ReduceMax", ["flat"], ["peak"], axes=[1], keepdims=1),
+        node("Shape", ["images"], ["width"], start=3, end=4),
+        node("Mod", ["at", "width"], ["x"]),
+        node("Div", ["at", "width"], ["y"]),
+        node("Concat", ["x", "y", "x", "y"], ["pixel"], axis=1),
+        node("Cast", ["pixel"], ["pixel_float"], to=TensorProto.FLOAT),
+        node("Add", ["pixel_float", "middle"], ["centre"]),
+        node("Add", ["centre", "corner"], ["box"]),
+        node("Unsqueeze", ["box", "one"], ["row"]),
+        node("Pad", ["row", "box_pads"], ["boxes"]),
+        node("Div", ["peak", "scale"], ["score"]),
+        node("Pad", ["score", "row_pads"], ["scores"]),
+        node("Mul", ["at", "label"], ["twice"]),
+        node("Sub", ["twice", "twice"], ["zero"]),
+        node("Sub", ["zero", "minus"], ["ones"]),
+        node("Pad", ["ones", "row_pads", "minus"], ["labels"]),
+    ]
+    shapes = {"boxes": ("batch", 2, 4), "scores": ("batch", 2), "labels": ("batch", 2)}
+    kinds = {"boxes": TensorProto.FLOAT, "scores": TensorProto.FLOAT, "labels": TensorProto.INT64}
+    graph = helper.make_graph(
+        nodes,
+        "spot",
+        [helper.make_tensor_value_info("images", TensorProto.FLOAT, ("batch", channels, "height", "width"))],
+        [helper.make_tensor_value_info(name, kinds[name], shapes[name]) for name in output_names],
+        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+    model.ir_version = 9
+    values = {name: value for name, value in {**METADATA, **changes}.items() if value is not None or name == "nms_iou"}
+    helper.set_model_props(model, {f"castling_det.{name}": json.dumps(value) for name, value in values.items()})
+    onnx.save(model, str(path))
+    return path
+
+
+@pytest.fixture
+def model(tmp_path):
+    """The file with its usual metadata."""
+    return spot_model(tmp_path / "spot.onnx")
+
+
+def photo(hw=(48, 64), spot=(20, 40), red=250, seed=0):
+    """Noise without much red, bright in blue, and one red pixel of 3 x 3 at `spot` (y, x)."""
+    pixels = np.random.default_rng(seed).integers(0, 255, (*hw, 3), dtype=np.uint8)
+    pixels[:, :, 2] //= 4
+    if spot is not None:
+        y, x = spot
+        pixels[y - 1 : y + 2, x - 1 : x + 2, 2] = red
+    return pixels

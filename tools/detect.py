@@ -1,0 +1,79 @@
+"""Detects in images, a folder, a glob, a video or a camera: `tools/detect.py MODEL SOURCE --out FOLDER`.
+
+MODEL is an ONNX file of tools/export_onnx.py, which needs neither PyTorch nor MMDetection, or a checkpoint with
+--config.
+
+Exit codes: 0; 1 for an error, which leaves no file half written; 10 + n when n images or frames were skipped because
+they cannot be read (110 for 100 or more).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help=".onnx file, or checkpoint .pth")
+    parser.add_argument("source", help="image, folder, glob in quotes, video, or number of a camera")
+    parser.add_argument("--config", help="config of a checkpoint")
+    parser.add_argument("--out", type=Path, default=Path("detections"), help="folder to write (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="images or tiles at once (1)")
+    parser.add_argument("--score-thr", type=float, default=0.0, metavar="S", help="leave out detections below it")
+    parser.add_argument(
+        "--tile", type=int, metavar="PIXELS", help="take larger images in square tiles of this side, through SAHI"
+    )
+    parser.add_argument("--overlap", type=float, default=0.2, help="of neighbouring tiles, in [0, 1) (%(default)s)")
+    parser.add_argument("--ann", type=Path, help="COCO file whose image and category ids the predictions take")
+    parser.add_argument("--no-draw", action="store_true", help="write predictions only, no pictures or video")
+    parser.add_argument("--max-frames", type=int, metavar="N", help="of a video or camera; a camera runs until Ctrl-C")
+    parser.add_argument(
+        "--max-pixels", type=int, default=100_000_000, metavar="N", help="height x width of the largest image (1e8)"
+    )
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Detects; see the exit codes above."""
+    args = parse_args(arguments)
+    try:
+        from castling_det.detector import Detector
+        from castling_det.runtime.run import detect_source, open_source
+    except ImportError as error:
+        print(f"detect: {error}; pip install 'castling-det[runtime]'", file=sys.stderr)
+        return 1
+    try:
+        # The source first: a missing camera or folder is said before a model is loaded.
+        source = open_source(args.source, max_frames=args.max_frames, max_pixels=args.max_pixels)
+        detector = Detector(
+            args.model,
+            args.config,
+            device=args.device,
+            score_thr=args.score_thr,
+            batch_size=args.batch_size,
+            tile=args.tile,
+            overlap=args.overlap,
+            max_pixels=args.max_pixels,
+        )
+        outcome = detect_source(detector, source, args.out, draw=not args.no_draw, annotations=args.ann)
+    except ValueError as error:
+        print(f"detect: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"detect: {error.filename or args.out}: cannot be written ({error.strerror})", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("detect: interrupted", file=sys.stderr)
+        return 130
+    skipped = f", {outcome.skipped} skipped" if outcome.skipped else ""
+    print(f"{outcome.detections} detections in {outcome.images} images{skipped}; {args.out / 'predictions.json'}")
+    return outcome.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
