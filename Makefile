@@ -16,13 +16,15 @@ study: $(READY) data
 # The records of docs/attention.md: about half an hour on two idle cores, and nothing else may run beside it.
 BENCHMARK := $(BIN)/python tools/benchmark.py --threads 2
 benchmarks: $(READY)
-	$(BENCHMARK) --levels core --sizes 16 32 64 128 --variants softmax linear linear_compiled published floor \
+	$(BIN)/castling-det build
+	$(BENCHMARK) --levels core --sizes 16 32 64 128 \
+	  --variants softmax linear linear_native linear_compiled published floor \
 	  --passes forward --out results/attention/core
 	$(BENCHMARK) --levels core --sizes 16 32 64 --variants softmax linear published --passes forward+backward \
 	  --out results/attention/training
 	$(BENCHMARK) --levels core --sizes 64 --batch 2 --variants softmax linear castling castling_empty dense \
 	  --passes forward+backward --repeats 7 --max-seconds 300 --out results/attention/hybrid
-	$(BENCHMARK) --levels backbone --image-sizes 512 1024 --variants softmax linear published --passes forward \
+	$(BENCHMARK) --levels backbone --image-sizes 512 1024 --variants softmax linear linear_native published --passes forward \
 	  --repeats 7 --out results/attention/backbone
 	$(BIN)/python tools/numerics.py --out results/attention/numerics.json
 	$(BIN)/python tools/update_tables.py

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from castling_det.layers.local_conv import LocalConv
-from castling_det.ops import NORMALIZERS, MaskedSoftmax, linear_angular_packed, masked_softmax_packed
+from castling_det.ops import NORMALIZERS, MaskedSoftmax, linear_angular_packed, masked_softmax_packed, native
 
 __all__ = ["ATTENTION_MODES", "THRESHOLD_UNITS", "CastlingAttention", "HeadInputs", "MaskStats", "MaskedAttention"]
 
@@ -145,6 +145,9 @@ class CastlingAttention(MaskedAttention):
         eval_aux: keep the masked softmax branch in eval mode.
         num_prefix_tokens: tokens before the height * width ones (class token, registers).
         proj_drop: dropout rate after the projection, in [0, 1).
+
+    Attributes:
+        native: take the compiled kernel of `castling_det.ops.native` where one was built; False: plain operations.
     """
 
     def __init__(
@@ -171,6 +174,7 @@ class CastlingAttention(MaskedAttention):
         self.dim = dim
         self.num_heads = num_heads
         self.num_prefix_tokens = num_prefix_tokens
+        self.native = True
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.dconv = (
             LocalConv(
@@ -222,11 +226,19 @@ class CastlingAttention(MaskedAttention):
         local = None if self.dconv is None else partial(self._local, hw=hw)
         if self.mode != "softmax":
             aux = self._masked_branch(masked_softmax_packed, qkv_BN3HK, num_keys=qkv.shape[1])
+            if aux is None and self._takes_kernel(qkv):
+                weight = None if self.dconv is None else self.dconv.weight
+                return native.linear_angular(qkv, weight, self.num_heads, hw, self.normalizer)
             return linear_angular_packed(qkv_BN3HK, normalizer=self.normalizer, aux=aux, local=local).flatten(-2)
         q_BNHK, k_BNHK, v_BNHK = qkv_BN3HK.unbind(2)
         y_BHNK = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q_BNHK, k_BNHK, v_BNHK)))
         y: Tensor = y_BHNK.transpose(1, 2).flatten(-2)
         return y if local is None else y + local(v_BNHK).flatten(-2)
+
+    def _takes_kernel(self, qkv: Tensor) -> bool:
+        on_image = self.dconv is None or self.dconv.kind == "image"
+        weight = None if self.dconv is None else self.dconv.weight
+        return self.native and on_image and native.usable(qkv, weight, self.num_heads)
 
     def _local(self, v_BNHK: Tensor, hw: tuple[int, int]) -> Tensor:
         assert self.dconv is not None

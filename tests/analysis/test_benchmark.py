@@ -36,6 +36,7 @@ from castling_det.analysis.benchmark.reference import ReferenceAttention, refere
 from castling_det.analysis.benchmark.variants import Variant
 from castling_det.analysis.record import Machine
 from castling_det.layers import CastlingAttention
+from castling_det.ops import native
 from tests.compare import assert_parity
 from tests.oracles.published import published_block
 
@@ -355,13 +356,21 @@ def test_a_red_or_failed_row_is_in_the_exit_code(command: Command, tmp_path: Pat
         (("--threads", "0"), "--threads 0: expected at least 1"),
         (("--max-seconds", "nan"), "--max-seconds nan: expected seconds >= 0"),
         (("--device", "tpu"), "--device tpu: expected 'cpu'"),
+        (("--variants", "linear_native"), "the kernel is not built; run `castling-det build`"),
+        (("--variants", "linear_native", "--dtypes", "bfloat16"), "the kernel is for float32 on a CPU"),
+        (("--variants", "linear_native", "--num-heads", "48"), "and heads of 8"),
         (("--levels", "detector", "--config-prefix", "no/where"), "no/where_castling_8xb16-100e_coco.py: no such file"),
     ],
 )
-def test_a_bad_option_is_named(command: Command, tmp_path: Path, arguments: tuple[str, ...], said: str) -> None:
+def test_a_bad_option_is_named(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], said: str
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    native.is_built.cache_clear()
     code, _, stderr = command("--device", "cpu", *arguments, "--out", str(tmp_path))
     assert code == 1 and stderr.strip().startswith("error: ") and said in stderr
     assert not (tmp_path / "benchmark.json").exists()
+    native.is_built.cache_clear()
 
 
 def test_a_file_that_is_no_benchmark_is_named(command: Command, tmp_path: Path) -> None:
@@ -383,12 +392,14 @@ def test_a_goal_is_a_ratio_within_one_report() -> None:
     linear = dataclasses.replace(GREEN, height=64, width=64, tokens=4096, timing=Timing(2.0, 2.0, 2.0, 9))
     softmax = dataclasses.replace(linear, variant="softmax", timing=Timing(52.0, 52.0, 52.0, 9))
     case = "core, N = 4096: softmax / linear"
-    assert goal_line(case, report_of(linear, softmax)).endswith("| at least 25x | 26.00x | yes |")
+    assert goal_line(case, report_of(linear, softmax)).endswith("| at least 25x | 26.00x | | yes |")
     slow = dataclasses.replace(linear, timing=Timing(4.0, 4.0, 4.0, 9))
-    assert goal_line(case, report_of(slow, softmax)).endswith("| at least 25x | 13.00x | NO |")
+    assert goal_line(case, report_of(slow, softmax)).endswith("| at least 25x | 13.00x | | NO |")
+    kernel = dataclasses.replace(linear, variant="linear_native", timing=Timing(1.0, 1.0, 1.0, 9))
+    assert goal_line(case, report_of(slow, kernel, softmax)).endswith("| 13.00x | 52.00x | kernel only |")
     red = dataclasses.replace(linear, parity_ok=False)
     for reports in ((report_of(linear), report_of(softmax)), (report_of(red, softmax),), ()):
-        assert goal_line(case, *reports).endswith("| not measured | - |")
+        assert goal_line(case, *reports).endswith("| not measured | | - |")
 
 
 def test_a_goal_of_memory_compares_peaks() -> None:
@@ -397,4 +408,4 @@ def test_a_goal_of_memory_compares_peaks() -> None:
     )
     dense = dataclasses.replace(hybrid, variant="dense", peak_mib=100.0)
     line = goal_line("hybrid / dense", report_of(hybrid, dense))
-    assert line.endswith("| at most 0.1x | 0.15x | NO |")
+    assert line.endswith("| at most 0.1x | 0.15x | | NO |")

@@ -79,6 +79,8 @@ def build_subject(
     module = build_model(case, name, variant, options).to(options.device, case.torch_dtype)
     backward = case.passes == "forward+backward"
     module.train(backward)
+    for layer in attention_layers(module).values():
+        layer.native = variant.native
     if variant.hybrid:
         for layer in attention_layers(module).values():
             layer.train()
