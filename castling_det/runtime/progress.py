@@ -1,4 +1,4 @@
-"""A progress bar on stderr: rich's where it is installed, else a line now and then."""
+"""A progress bar on stderr: rich's on a terminal where it is installed, else a line now and then."""
 
 from __future__ import annotations
 
@@ -21,8 +21,12 @@ def progress_bar(total: int | None) -> Iterator[Callable[[int], None]]:
     except ImportError:
         yield _plain(total)
         return
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _plain(total)
+        return
     columns = (TextColumn("images"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("images", total=total)
         yield lambda count: progress.advance(task, count)
 

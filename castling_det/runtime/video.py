@@ -18,6 +18,7 @@ from castling_det.runtime.sources import MAX_PIXELS, Frame, UnreadableImage, che
 __all__ = ["Video", "VideoFile"]
 
 _DEFAULT_FPS = 25.0
+_HIGHEST_FPS = 1000.0
 
 
 class Video:
@@ -45,7 +46,8 @@ class Video:
                     f"camera {source}: cannot be opened; check that it is connected and its number, from 0"
                 )
             raise ValueError(f"video {source}: not a video that OpenCV opens, or damaged; copy it again or convert it")
-        self.fps = self._capture.get(cv2.CAP_PROP_FPS) or _DEFAULT_FPS
+        fps = self._capture.get(cv2.CAP_PROP_FPS)
+        self.fps = fps if 0 < fps <= _HIGHEST_FPS else _DEFAULT_FPS  # cameras that do not know say 0, -1 or thousands
         frames = int(self._capture.get(cv2.CAP_PROP_FRAME_COUNT))
         self._frames = None if self.is_camera or frames <= 0 else frames
         self._max_frames = max_frames

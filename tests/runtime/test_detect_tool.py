@@ -1,0 +1,254 @@
+"""`tools/detect.py` as a command: files, exit codes, bad input, full disks; no torch anywhere."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+
+import cv2
+import numpy as np
+import pytest
+from pycocotools.coco import COCO
+
+from castling_det.runtime.sources import ImageFiles
+from castling_det.runtime.video import Video
+from tests.runtime.conftest import REAL, ROOT, needs_data, photo
+
+TOOL = ROOT / "tools" / "detect.py"
+main = runpy.run_path(str(TOOL), run_name="detect")["main"]
+
+
+@pytest.fixture
+def photos(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for index in range(3):
+        cv2.imwrite(str(folder / f"{index}.png"), photo(spot=(10 + index, 30), seed=index))
+    return folder
+
+
+@pytest.fixture
+def detect(model, tmp_path, capfd):
+    def run(source, *options):
+        code = main([str(model), str(source), "--out", str(tmp_path / "out"), *map(str, options)])
+        return code, capfd.readouterr().err
+
+    return run
+
+
+def files(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_folder(detect, photos, tmp_path):
+    code, _ = detect(photos, "--batch-size", 2)
+    out = tmp_path / "out"
+    assert code == 0
+    assert files(out) == ["images.json", *(f"pictures/{i}.png" for i in range(3)), "predictions.json"]
+    results = COCO(str(out / "images.json")).loadRes(str(out / "predictions.json"))
+    assert [image["file_name"] for image in results.dataset["images"]] == ["0.png", "1.png", "2.png"]
+    entries = results.dataset["annotations"]
+    assert [entry["image_id"] for entry in entries] == [1, 2, 3] and {entry["category_id"] for entry in entries} == {2}
+    for index, entry in enumerate(entries):
+        x, y, width, height = entry["bbox"]
+        assert (x + width / 2, y + height / 2) == pytest.approx((30, 10 + index), abs=1.6)
+    picture, image = cv2.imread(str(out / "pictures" / "0.png")), cv2.imread(str(photos / "0.png"))
+    assert picture.shape == image.shape and (picture != image).any()
+
+
+def test_ids_of_an_existing_coco_file(detect, photos, tmp_path):
+    known = {
+        "images": [{"id": 70 + i, "file_name": f"somewhere/{i}.png"} for i in range(3)],
+        "categories": [{"id": 5, "name": "spot"}, {"id": 6, "name": "leaf"}],
+    }
+    (tmp_path / "ann.json").write_text(json.dumps(known))
+    assert detect(photos, "--ann", tmp_path / "ann.json", "--no-draw")[0] == 0
+    entries = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert [(entry["image_id"], entry["category_id"]) for entry in entries] == [(70, 5), (71, 5), (72, 5)]
+    assert files(tmp_path / "out") == ["images.json", "predictions.json"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"images": [], "categories": [{"id": 1, "name": "spot"}]}', "no category leaf, which the detector knows"),
+        ('{"images": [], "categories": [{"id": 1, "name": "spot"}, {"id": 2, "name": "leaf"}]}', "no image of this"),
+        ("[1]", "not a readable COCO file"),
+    ],
+)
+def test_annotations_that_do_not_fit(detect, photos, tmp_path, content, message):
+    (tmp_path / "ann.json").write_text(content)
+    code, said = detect(photos, "--ann", tmp_path / "ann.json")
+    assert code == 1 and message in said and said.count("\n") == 1
+    assert not (tmp_path / "out" / "predictions.json").exists()
+
+
+def test_unreadable_images_are_skipped_and_counted(detect, photos, tmp_path):
+    (photos / "1.png").write_bytes(b"damaged")
+    (photos / "3.png").touch()
+    code, said = detect(photos, "--batch-size", 3)
+    assert code == 12
+    lines = said.splitlines()
+    assert len(lines) == 2 and all(line.startswith("skipped: ") for line in lines)
+    assert "1.png: not an image that OpenCV reads" in lines[0] and "3.png" in lines[1]
+    entries = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert [entry["image_id"] for entry in entries] == [1, 2]
+
+
+def test_nothing_is_written_when_nothing_can_be_read(detect, photos, tmp_path):
+    for path in photos.iterdir():
+        path.write_bytes(b"damaged")
+    code, said = detect(photos)
+    assert code == 13 and said.count("skipped: ") == 3 and not (tmp_path / "out").exists()
+
+
+def test_an_image_over_the_limit(detect, photos, tmp_path):
+    code, said = detect(photos / "0.png", "--max-pixels", 3000)
+    assert code == 11 and "48 x 64 pixels: expected at least one and at most 3,000 in all" in said
+
+
+@pytest.mark.parametrize("source", ["97", "nowhere", "*.gif"])
+def test_one_line_for_a_source_that_is_not_there(detect, tmp_path, source):
+    code, said = detect(source)
+    assert code == 1 and said.startswith("detect: ") and said.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_one_line_for_a_model_that_is_not_ours(photos, tmp_path, capfd):
+    (tmp_path / "x.onnx").write_bytes(b"no model")
+    assert main([str(tmp_path / "x.onnx"), str(photos), "--out", str(tmp_path / "out")]) == 1
+    said = capfd.readouterr().err
+    assert said.startswith("detect: model ") and said.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def clip(tmp_path):
+    """A small real video where the tree-crown tiles are prepared, else noise."""
+    tiles = sorted((REAL / "val").glob("*.png"))[:5]
+    images = [cv2.imread(str(tile)) for tile in tiles] or [photo((256, 256), seed=i) for i in range(5)]
+    writer = cv2.VideoWriter(str(tmp_path / "clip.mp4"), cv2.VideoWriter.fourcc(*"mp4v"), 5.0, (256, 256))
+    for image in images:
+        writer.write(image)
+    writer.release()
+    return tmp_path / "clip.mp4"
+
+
+def test_a_video(detect, clip, tmp_path):
+    code, _ = detect(clip, "--batch-size", 2)
+    assert code == 0 and files(tmp_path / "out") == ["clip_detections.mp4", "images.json", "predictions.json"]
+    drawn = Video(str(tmp_path / "out" / "clip_detections.mp4"))
+    pictures = [frame.image for frame in drawn]
+    assert len(pictures) == 5 and drawn.fps == 5.0
+    plain = [frame.image for frame in Video(str(clip))]
+    assert np.abs(pictures[0].astype(int) - plain[0]).max() > 60, "a box is on it"
+    images = json.loads((tmp_path / "out" / "images.json").read_text())["images"]
+    assert [image["file_name"] for image in images] == [f"clip.mp4#{n:06d}" for n in range(1, 6)]
+
+
+class Camera:
+    """Two frames, then Ctrl-C, as the user of a camera ends it."""
+
+    fps = 25.0
+
+    def __init__(self, interrupts=True):
+        self.interrupts = interrupts
+
+    def read(self):
+        self.count = getattr(self, "count", 0) + 1
+        if self.count > 2 and self.interrupts:
+            raise KeyboardInterrupt
+        return (True, photo(seed=self.count)) if self.count <= 2 else (False, None)
+
+    def isOpened(self):  # OpenCV's name
+        return True
+
+    def get(self, _):
+        return -1.0
+
+    def release(self):
+        pass
+
+
+@pytest.mark.parametrize("interrupts", [True, False], ids=["Ctrl-C", "unplugged"])
+def test_a_camera_ends_with_whole_files(detect, tmp_path, monkeypatch, interrupts):
+    real = cv2.VideoCapture
+    monkeypatch.setattr(cv2, "VideoCapture", lambda what: Camera(interrupts) if what == 0 else real(what))
+    code, _ = detect("0")
+    assert code == 0 and files(tmp_path / "out") == ["camera0_detections.mp4", "images.json", "predictions.json"]
+    assert real(str(tmp_path / "out" / "camera0_detections.mp4")).get(cv2.CAP_PROP_FRAME_COUNT) == 2
+    assert len(json.loads((tmp_path / "out" / "predictions.json").read_text())) == 2
+
+
+def test_ctrl_c_in_a_folder_leaves_no_predictions(detect, photos, tmp_path, monkeypatch):
+    def interrupted(self):
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(ImageFiles, "__iter__", interrupted)
+    code, said = detect(photos)
+    assert code == 130 and said == "detect: interrupted\n" and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("what", ["predictions.json", "pictures/0.png"])
+def test_a_full_disk_leaves_no_part(detect, photos, tmp_path, monkeypatch, what):
+    """The system's answer to a write on a full disk, at one file."""
+    name, fsync = what.rpartition("/")[2], os.fsync
+
+    def full(handle):
+        if f".{name}." in os.readlink(f"/proc/self/fd/{handle}"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    code, said = detect(photos)
+    assert code == 1 and "No space left on device" in said and said.count("\n") == 1
+    left = files(tmp_path / "out")
+    assert name not in [path.rpartition("/")[2] for path in left] and not [path for path in left if ".part" in path]
+    assert "predictions.json" not in left and "images.json" not in left
+
+
+def test_a_video_on_a_full_disk_leaves_no_part(model, clip, tmp_path):
+    """A process that may write 20 kB a file: OpenCV says nothing when its writes fail."""
+    code = (
+        "import resource, runpy, signal, sys\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+        f"main = runpy.run_path({str(TOOL)!r}, run_name='detect')['main']\n"
+        f"sys.exit(main([{str(model)!r}, {str(clip)!r}, '--out', {str(tmp_path / 'out')!r}]))"
+    )
+    assert hasattr(signal, "SIGXFSZ")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1 and "the disk may be full" in done.stderr, done.stderr
+    assert done.stderr.count("detect: ") == 1 and files(tmp_path / "out") == []
+
+
+@needs_data
+def test_without_torch_or_mmdetection(model, tmp_path):
+    """As on a machine that has neither: whatever asks for them fails."""
+    tile = next((REAL / "val").glob("*.png"))
+    code = (
+        "import sys\n"
+        "class Absent:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.partition('.')[0] in {'torch', 'torchvision', 'mmdet', 'mmengine', 'mmcv', 'timm', 'rich',\n"
+        "                                      'matplotlib', 'PIL', 'safetensors', 'sahi', 'scipy'}:\n"
+        "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
+        "sys.meta_path.insert(0, Absent())\n"
+        "import runpy, castling_det\n"
+        f"main = runpy.run_path({str(TOOL)!r}, run_name='detect')['main']\n"
+        f"code = main([{str(model)!r}, {str(tile)!r}, '--out', {str(tmp_path / 'out')!r}])\n"
+        f"assert len(castling_det.Detector({str(model)!r})({str(tile)!r})) == 1\n"
+        f"assert main([{str(model)!r}, {str(tile)!r}, '--tile', '64']) == 1\n"
+        "open('deploy.pth', 'w').close()\n"
+        f"assert main(['deploy.pth', {str(tile)!r}, '--config', 'c.py']) == 1\n"
+        "sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert files(tmp_path / "out") == ["images.json", f"pictures/{tile.name}", "predictions.json"]
+    assert "tile: needs SAHI" in done.stderr and "pip install 'castling-det[sahi]'" in done.stderr
+    assert "deploy.pth: a checkpoint needs PyTorch and MMDetection" in done.stderr
