@@ -29,6 +29,17 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def _data_is_sound(*configs: Path) -> bool:
+    """Whether the trainings can start; prints what keeps them from it."""
+    from castling_det.datasets.check_dataset import check_dataset
+
+    problems = dict.fromkeys(problem for config in configs for problem in check_dataset(config))
+    errors = [problem for problem in problems if problem.severity == "error"]
+    for problem in errors:
+        print(problem, file=sys.stderr)
+    return not errors
+
+
 def main() -> int:
     """Runs the experiment; 0 when every step succeeded."""
     args = parse_args()
@@ -43,6 +54,8 @@ def main() -> int:
     config = ROOT / "configs" / family / f"{prefix}_softmax_tree-crowns.py"
     if not config.is_file():
         print(f"error: --model {args.model}: {config} is missing", file=sys.stderr)
+        return 1
+    if not _data_is_sound(config, config.with_name(f"{prefix}_castling_tree-crowns.py")):
         return 1
     plan = Comparison(
         work_dir=args.work_dir,

@@ -19,17 +19,19 @@ from .image_checks import check_images, has_id, image_sizes
 from .problems import Problem, examples, raise_for_problems
 
 __all__ = [
+    "OTHER_COUNTS",
     "Problem",
     "check_annotation_file",
     "check_annotations",
     "check_classes",
     "check_num_classes",
     "raise_for_problems",
+    "read_annotations",
 ]
 
 CLASSES_FIELD = "dataset.metainfo['classes']"
 # Modules whose num_classes counts something else than the detected classes.
-_OTHER_COUNTS = ("backbone", "rpn_head", "semantic_head", "data_preprocessor")
+OTHER_COUNTS = ("backbone", "rpn_head", "semantic_head", "data_preprocessor")
 
 
 class _Module(Protocol):
@@ -44,10 +46,18 @@ def check_annotation_file(
     need_boxes: bool = True,
 ) -> list[Problem]:
     """Reads a JSON file and checks it with `check_annotations`; an unreadable file is a problem too."""
+    data = read_annotations(path)
+    if isinstance(data, Problem):
+        return [data]
+    return check_annotations(data, classes=classes, image_root=image_root, need_boxes=need_boxes)
+
+
+def read_annotations(path: str | os.PathLike[str]) -> Any:
+    """The value of a JSON file, or the Problem that keeps it from being read."""
     source = Path(path)
 
-    def unreadable(message: str, fix: str) -> list[Problem]:
-        return [Problem("error", "dataset.ann_file", f"{source} {message}", fix)]
+    def unreadable(message: str, fix: str) -> Problem:
+        return Problem("error", "dataset.ann_file", f"{source} {message}", fix)
 
     if not source.is_file():
         fix = "correct data_root and ann_file; a relative ann_file is looked up under data_root."
@@ -56,14 +66,13 @@ def check_annotation_file(
         fix = "write it again: a COCO file is a JSON object with images, annotations and categories."
         return unreadable("is empty (0 bytes).", fix)
     try:
-        data = json.loads(source.read_bytes())
+        return json.loads(source.read_bytes())
     except RecursionError:
         fix = "a COCO file is an object of lists of objects; get it from its source again."
         return unreadable("holds containers inside one another, hundreds deep.", fix)
     except ValueError as error:
         fix = "the file is damaged, incomplete or of another format; write or copy it again."
         return unreadable(f"is not JSON ({error}).", fix)
-    return check_annotations(data, classes=classes, image_root=image_root, need_boxes=need_boxes)
 
 
 def check_annotations(
@@ -193,7 +202,7 @@ def check_num_classes(model: _Module, metainfo: Mapping[str, Any]) -> None:
     for name, module in model.named_modules():
         parts = [part for part in name.split(".") if part not in ("", "module")]
         count = getattr(module, "num_classes", None)
-        if not parts or type(count) is not int or any(part in _OTHER_COUNTS for part in parts):
+        if not parts or type(count) is not int or any(part in OTHER_COUNTS for part in parts):
             continue
         if count != len(classes):
             field = "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in parts)

@@ -32,13 +32,12 @@ def load_source(name: str, png: bytes, xml: bytes) -> SourceImage:
     """
     try:
         with Image.open(io.BytesIO(png)) as image:
-            if image.mode.startswith(("I", "F")):
-                raise ValueError(
-                    f"{name}: pixel format {image.mode!r} has more than 8 bits a channel; convert it."
-                )
+            mode = image.mode
             rgb = image.convert("RGB")
-    except OSError as error:
+    except Exception as error:  # decoders fail in many ways
         raise ValueError(f"{name}: not a readable image ({error}).") from error
+    if mode.startswith(("I", "F")):
+        raise ValueError(f"{name}: pixel format {mode!r} has more than 8 bits a channel; convert it.")
     # A fresh image carries no gamma, colour-profile or EXIF chunk that a decoder might act on.
     pixels = Image.frombytes("RGB", rgb.size, rgb.tobytes())
     return SourceImage(name, pixels, parse_voc(xml, width=rgb.width, height=rgb.height, source=name))

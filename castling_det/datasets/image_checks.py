@@ -11,7 +11,7 @@ from typing import Any
 
 from .problems import Problem, examples
 
-__all__ = ["check_images", "has_id", "image_sizes", "is_finite"]
+__all__ = ["check_images", "has_id", "image_sizes", "is_finite", "leaves"]
 
 _NUMBERING = "number the images from 1, each id once."
 
@@ -66,9 +66,9 @@ def check_images(images: Sequence[Any], image_root: str | os.PathLike[str] | Non
         message = f"is no text in images {examples(unnamed)}."
         found.append(("images[].file_name", message, "write the name of the image file."))
     names = [image["file_name"] for image in mappings if isinstance(image.get("file_name"), str)]
-    inside = [name for name in names if not _leaves(name)]
+    inside = [name for name in names if not leaves(name)]
     if len(inside) < len(names):
-        message = f"leads out of the image folder: {examples([name for name in names if _leaves(name)])}."
+        message = f"leads out of the image folder: {examples([name for name in names if leaves(name)])}."
         fix = "write names relative to data_root + data_prefix['img'], and set these two to the right folder."
         found.append(("images[].file_name", message, fix))
     missing = _missing(inside, Path(image_root)) if image_root is not None else []
@@ -81,7 +81,8 @@ def check_images(images: Sequence[Any], image_root: str | os.PathLike[str] | Non
     return [Problem("error", *entry) for entry in found]
 
 
-def _leaves(name: str) -> bool:
+def leaves(name: str) -> bool:
+    """Whether a file name leads out of the folder that it is relative to."""
     # A plain name, by far the most frequent, needs no path arithmetic.
     if ".." not in name and not name.startswith(("/", "\\")) and ":" not in name:
         return False

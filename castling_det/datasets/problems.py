@@ -7,7 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Problem", "examples", "raise_for_problems"]
+__all__ = ["Problem", "Severity", "examples", "raise_for_problems"]
+
+Severity = Literal["error", "warning"]
 
 
 # What a file holds may be nested, or megabytes long.
@@ -23,7 +25,7 @@ class Problem:
     clips.
     """
 
-    severity: Literal["error", "warning"]
+    severity: Severity
     field: str
     message: str
     fix: str
