@@ -25,8 +25,6 @@ class ModelInfo:
     pad_size_divisor: int
     pad_values: tuple[float, float, float]
     """Of the input's three channels, in its units."""
-    input_hw: tuple[int, int]
-    """Height and width that the pipeline resizes to."""
     pipeline: tuple[dict[str, Any], ...]
     score_thr: float
     nms_iou: float | None
@@ -55,13 +53,11 @@ class ModelInfo:
                     f"{where}: {key}={values.get(key, str)!r}: expected {wanted!r}; export without {option}"
                 )
         pad_values = values.numbers("pad_values", 3)
-        input_hw = values.numbers("input_size", 2)
         nms_iou = values.get("nms_iou", float, type(None))
         return cls(
             classes=tuple(map(str, values.get("classes", list))),
             pad_size_divisor=values.get("pad_size_divisor", int),
             pad_values=(pad_values[0], pad_values[1], pad_values[2]),
-            input_hw=(int(input_hw[0]), int(input_hw[1])),
             pipeline=tuple(_checked_step(step, where) for step in values.get("pipeline", list)),
             score_thr=float(values.get("score_thr", float)),
             nms_iou=None if nms_iou is None else float(nms_iou),

@@ -35,8 +35,7 @@ class Video:
 
     def __init__(self, source: str | int, *, max_frames: int | None = None, max_pixels: int = MAX_PIXELS) -> None:
         # OpenCV and FFmpeg write a page about a missing camera or a damaged file; ours is one line.
-        cv2.setLogLevel(0)
-        os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+        _silence()
         self.is_camera = isinstance(source, int)
         self.name = f"camera{source}" if isinstance(source, int) else Path(source).name
         self._capture = cv2.VideoCapture(source)
@@ -139,6 +138,13 @@ class VideoFile(AbstractContextManager["VideoFile"]):
 
     def _failed(self, reason: str) -> OSError:
         return OSError(errno.EIO, f"video cannot be written ({reason}); an older one is as it was", str(self.path))
+
+
+def _silence() -> None:
+    logging = getattr(cv2.utils, "logging", None)
+    set_level = cv2.setLogLevel if logging is None else logging.setLogLevel  # OpenCV 4 and 5
+    set_level(0)
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
 
 
 def _frames_in(path: Path) -> int:
