@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo study benchmarks test lint setup data clean
+.PHONY: demo study benchmarks test lint docs setup data clean
 
 demo: $(READY) data
 	$(BIN)/python tools/demo.py
@@ -36,6 +36,10 @@ test: lint data
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# The pages under docs/, into work_dirs/site/; a warning is an error. `make test` builds them too.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 setup: $(READY)
 
