@@ -22,6 +22,7 @@ __all__ = ["build_detector", "load_config", "load_exactly", "trained_attention",
 
 _PACKAGE = "castling_det."
 _HOOK = f"{_PACKAGE}MaskAnnealingHook"
+_DISTILLED = f"{_PACKAGE}DistilledSingleStage"
 
 
 def load_config(config: str | os.PathLike[str] | Config) -> Config:
@@ -58,8 +59,11 @@ def _read_config(path: str | os.PathLike[str]) -> Config:
 
 
 def with_attention(config: Config, attention: str) -> Config:
-    """A copy of `config` whose model has `attention` and no initial weights; `"linear"` drops the hook."""
+    """A copy of `config` whose model has `attention`, no initial weights, no teacher; `"linear"` drops the hook."""
     config = copy.deepcopy(config)
+    if config.model.get("type") == _DISTILLED:
+        config.model["type"] = "SingleStageDetector"
+        config.model.pop("distillation", None)
     for part in _attention_parts(config.model):
         part["attention"] = attention
         part.pop("eval_aux", None)

@@ -1,4 +1,4 @@
-"""What MMDetection's registry builds: backbones, necks and heads."""
+"""What MMDetection's registry builds: backbones, necks, heads, and a detector with a teacher."""
 
 from castling_det.compat import check_host
 
@@ -6,6 +6,7 @@ from castling_det.compat import check_host
 check_host()
 
 from castling_det.models.backbones import CastlingLeViT, CastlingMViT, CastlingViT  # noqa: E402
+from castling_det.models.detectors import DistilledSingleStage  # noqa: E402
 from castling_det.models.heads import PicoHead, VarifocalSimOTAAssigner  # noqa: E402
 from castling_det.models.necks import CSPPAN, SimpleFeaturePyramid  # noqa: E402
 
@@ -14,6 +15,7 @@ __all__ = [
     "CastlingLeViT",
     "CastlingMViT",
     "CastlingViT",
+    "DistilledSingleStage",
     "PicoHead",
     "SimpleFeaturePyramid",
     "VarifocalSimOTAAssigner",
