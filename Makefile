@@ -37,9 +37,9 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# The pages under docs/, into work_dirs/site/; a warning is an error. `make test` builds them too.
+# The pages under docs/, into work_dirs/site/; a warning is an error, which --quiet would hide. `make test` builds them too.
 docs: $(READY)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 setup: $(READY)
 

@@ -26,6 +26,14 @@ def tree_crowns() -> str:
     return headline(read_report(RESULTS / "tree_crowns" / "report.json"))
 
 
+def tree_crowns_variants() -> str:
+    """Runs of the variants of castling, with the machine line."""
+    from castling_det.analysis.record import read_report
+    from castling_det.analysis.report import headline
+
+    return headline(read_report(RESULTS / "tree_crowns_variants" / "report.json"))
+
+
 def attention_goals() -> str:
     """Ratios of the benchmarks, with the machine line."""
     from castling_det.analysis.benchmark import goals_markdown, machine_line, read_benchmark
@@ -58,6 +66,7 @@ def peers() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "tree_crowns": tree_crowns,
+    "tree_crowns_variants": tree_crowns_variants,
     "attention_goals": attention_goals,
     "attention_numerics": attention_numerics,
     "model_zoo": model_zoo,

@@ -18,6 +18,12 @@ from castling_det.files import atomic_write
 
 __all__ = ["AttentionPicture", "attention_picture", "read_picture"]
 
+_PART = {
+    "softmax": "softmax alone",
+    "linear": "the linear branch alone",
+    "castling": "the linear branch, and in training the mask's part of softmax",
+}
+"""What a layer of each mode computes with."""
 _CAPTION_KEY = "Description"
 """The PNG specification's own keyword for it."""
 _CLIPPED = 99.5
@@ -165,6 +171,7 @@ def _caption(
     parts = [
         f"{captured.name}, mode {layer.mode!r}, {queries} queries on {inputs.query_hw[0]} x {inputs.query_hw[1]}, "
         f"{keys} keys on {inputs.key_hw[0]} x {inputs.key_hw[1]}, {heads}.",
+        f"This layer computes with {_PART[layer.mode]}.",
         f"The outlined token asks: {places} of its grid.",
         "Softmax: its probabilities over the keys"
         + (", position biases included." if inputs.bias is not None else ", q k^T / sqrt(K) without positions."),
