@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ConvNorm", "LinearNorm"]
+__all__ = ["ConvNorm", "LinearNorm", "folded"]
 
 _LayerT = TypeVar("_LayerT", nn.Linear, nn.Conv2d)
 
@@ -35,7 +35,7 @@ class LinearNorm(nn.Module):
 
     def fused(self) -> nn.Linear:
         """The one layer, with bias, that computes the same in eval mode."""
-        return _folded(self.linear, self.bn)
+        return folded(self.linear, self.bn)
 
 
 class ConvNorm(nn.Module):
@@ -57,15 +57,20 @@ class ConvNorm(nn.Module):
 
     def fused(self) -> nn.Conv2d:
         """The one layer, with bias, that computes the same in eval mode."""
-        return _folded(self.linear, self.bn)
+        return folded(self.linear, self.bn)
 
 
-def _folded(layer: _LayerT, bn: nn.BatchNorm1d | nn.BatchNorm2d) -> _LayerT:
+def folded(layer: _LayerT, bn: nn.BatchNorm1d | nn.BatchNorm2d) -> _LayerT:
+    """A new layer, with bias, that computes what `layer` and then `bn` compute in eval mode."""
     assert bn.running_mean is not None and bn.running_var is not None
     with torch.no_grad():
-        scale = bn.weight / torch.sqrt(bn.running_var + bn.eps)
+        scale = (
+            (bn.running_var + bn.eps).rsqrt() if bn.weight is None else bn.weight / torch.sqrt(bn.running_var + bn.eps)
+        )
         weight = layer.weight * scale.reshape(-1, *[1] * (layer.weight.dim() - 1))
-        bias = bn.bias - bn.running_mean * scale
+        bias = (-bn.running_mean if layer.bias is None else layer.bias - bn.running_mean) * scale
+        if bn.bias is not None:
+            bias = bias + bn.bias
     fused = copy.deepcopy(layer)
     fused.weight, fused.bias = nn.Parameter(weight), nn.Parameter(bias)
     return fused

@@ -7,6 +7,7 @@ check_host()
 
 from castling_det.models.backbones import CastlingLeViT, CastlingMViT, CastlingViT  # noqa: E402
 from castling_det.models.detectors import DistilledSingleStage  # noqa: E402
+from castling_det.models.fused import FusedDetector, fuse_detector  # noqa: E402
 from castling_det.models.heads import PicoHead, VarifocalSimOTAAssigner  # noqa: E402
 from castling_det.models.necks import CSPPAN, SimpleFeaturePyramid  # noqa: E402
 
@@ -16,7 +17,9 @@ __all__ = [
     "CastlingMViT",
     "CastlingViT",
     "DistilledSingleStage",
+    "FusedDetector",
     "PicoHead",
     "SimpleFeaturePyramid",
     "VarifocalSimOTAAssigner",
+    "fuse_detector",
 ]
