@@ -1,4 +1,8 @@
-"""Converts a hybrid checkpoint to linear attention only: `tools/convert.py CONFIG SOURCE.pth OUT.pth`."""
+"""Converts a hybrid checkpoint to linear attention only: `tools/convert.py CONFIG SOURCE.pth OUT.pth`.
+
+With --from-softmax the other way in: SOURCE is a trained softmax detector, OUT the start of the short castling training
+that CONFIG describes.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +21,12 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("config", help="config of the training (attention='castling'), or its deploy config")
     parser.add_argument("source", help="checkpoint of the training")
     parser.add_argument("out", help="checkpoint to write, .pth")
+    parser.add_argument(
+        "--from-softmax",
+        action="store_true",
+        help="SOURCE is a trained softmax detector and CONFIG a castling training: write the weights that it starts "
+        "from (load_from), and how far its first iteration is from the softmax detector",
+    )
     parser.add_argument(
         "--weights",
         choices=("auto", "ema", "online"),
@@ -49,20 +59,23 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Converts; 0 on success, 1 with one line on stderr on any refusal."""
     args = parse_args(arguments)
-    from castling_det.conversion import convert, manifest_path
+    from castling_det.conversion import convert, manifest_path, start_from_softmax
 
+    options = dict(
+        weights=args.weights,
+        probe_images=args.probe_images,
+        num_probes=args.num_probes,
+        shape=tuple(args.shape) if args.shape else None,
+        command=shlex.join(sys.argv if arguments is None else ["tools/convert.py", *arguments]),
+    )
     try:
-        manifest = convert(
-            args.config,
-            args.source,
-            args.out,
-            allow_nonempty_mask=args.allow_nonempty_mask,
-            weights=args.weights,
-            probe_images=args.probe_images,
-            num_probes=args.num_probes,
-            shape=tuple(args.shape) if args.shape else None,
-            command=shlex.join(sys.argv if arguments is None else ["tools/convert.py", *arguments]),
-        )
+        if args.from_softmax:
+            if args.allow_nonempty_mask:
+                raise ValueError("--allow-nonempty-mask: has no meaning with --from-softmax; leave it out")
+            summary = start_from_softmax(args.config, args.source, args.out, **options).summary()
+        else:
+            allow = args.allow_nonempty_mask
+            summary = convert(args.config, args.source, args.out, allow_nonempty_mask=allow, **options).summary()
     except ValueError as error:
         print(f"convert: {error}", file=sys.stderr)
         return 1
@@ -70,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Ours have their sentence in strerror, the system's the file beside it.
         print(f"convert: {error if error.filename else error.strerror}", file=sys.stderr)
         return 1
-    print(manifest.summary())
+    print(summary)
     print(f"manifest: {manifest_path(args.out)}")
     return 0
 

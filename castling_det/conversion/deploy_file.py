@@ -49,20 +49,22 @@ def meta_of(checkpoint: Mapping[str, Any], source: object) -> dict[str, Any]:
     return meta
 
 
-def serialised(linear: nn.Module, config: Config, meta: Mapping[str, Any], converted: Mapping[str, Any]) -> bytes:
+def serialised(
+    model: nn.Module, config: Config, meta: Mapping[str, Any], record: Mapping[str, Any], *, key: str = "converted"
+) -> bytes:
     """The checkpoint file: weights and meta alone, plain enough for `torch.load(..., weights_only=True)`.
 
-    `meta["cfg"]` becomes the deploy config, which MMDetection's tools read back; the training's config stays
-    in `meta["castling_det"]["training_cfg"]`.
+    `meta["cfg"]` becomes `config`, which MMDetection's tools read back; the training's stays in
+    `meta["castling_det"]["training_cfg"]`, and `record` of what was done in `meta["castling_det"][key]`.
     """
     kept = _plain(dict(meta))
     own = dict(kept.get(META_KEY) or {})
     if "cfg" in kept:
         own["training_cfg"] = kept["cfg"]
     kept["cfg"] = config.pretty_text
-    kept[META_KEY] = {**own, "converted": dict(converted)}
+    kept[META_KEY] = {**own, key: dict(record)}
     buffer = io.BytesIO()
-    torch.save({"meta": kept, "state_dict": linear.state_dict()}, buffer)
+    torch.save({"meta": kept, "state_dict": model.state_dict()}, buffer)
     return buffer.getvalue()
 
 

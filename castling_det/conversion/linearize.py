@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,16 +23,12 @@ from castling_det.conversion.detectors import (
 from castling_det.conversion.macs import macs_before_and_after
 from castling_det.conversion.manifest import FileRecord, Macs, Manifest
 from castling_det.conversion.mask_proof import limits, nonempty_message, prove, set_mask
-from castling_det.conversion.probes import DEFAULT_SHAPE, Probes, files_to_probe, input_shape, measure
+from castling_det.conversion.output import check_paths, write_with_record
+from castling_det.conversion.probes import Probes, files_to_probe, measure, probe_shape
 from castling_det.conversion.weights import select_weights
-from castling_det.files import atomic_write, sha256_of
+from castling_det.files import sha256_of
 
-__all__ = ["convert", "manifest_path"]
-
-
-def manifest_path(out: str | os.PathLike[str]) -> Path:
-    """Where the manifest of a converted checkpoint lies: beside it, with the suffix `.json`."""
-    return Path(out).with_suffix(".json")
+__all__ = ["convert"]
 
 
 def convert(
@@ -66,7 +61,7 @@ def convert(
         OSError: `out` cannot be written, such as on a full disk. An older `out` is as it was.
     """
     source, out = Path(source), Path(out)
-    _check_paths(source, out)
+    check_paths(source, out)
     if num_probes < 1:
         raise ValueError(f"num_probes={num_probes}: expected at least 1")
     trained = load_config(config)
@@ -79,7 +74,7 @@ def convert(
     for model in (hybrid, linear):
         load_exactly(model, picked.tensors, source)
     state = set_mask(hybrid, meta, source)
-    shape, shape_note = _shape(trained, shape)
+    shape, shape_note = probe_shape(trained, shape)
     files = files_to_probe(probe_images, num_probes) if probe_images else ()
     measured = measure(hybrid_config, Probes(files, num_probes, shape), hybrid, linear)
     mask = prove(hybrid, state, measured)
@@ -119,17 +114,8 @@ def convert(
         command=command,
         notes=tuple(notes),
     )
-    _write(out, content, manifest)
+    write_with_record(out, content, manifest.to_json())
     return manifest
-
-
-def _check_paths(source: Path, out: Path) -> None:
-    if out.suffix not in (".pth", ".pt"):
-        raise ValueError(f"output {out}: expected a .pth file; the manifest takes the same name with .json")
-    if out.is_dir():
-        raise ValueError(f"output {out}: is a folder; give the file to write")
-    if out.exists() and source.exists() and out.samefile(source):
-        raise ValueError(f"output {out}: is the source, whose training state would be lost; give another name")
 
 
 def _check_trained_as_hybrid(modes: set[str], source: Path) -> None:
@@ -140,32 +126,8 @@ def _check_trained_as_hybrid(modes: set[str], source: Path) -> None:
         )
 
 
-def _shape(config: Config, shape: tuple[int, int] | None) -> tuple[tuple[int, int], list[str]]:
-    if shape is not None:
-        if min(shape) < 1:
-            raise ValueError(f"shape={shape}: expected height and width in pixels, such as 640 640")
-        return shape, []
-    stated = input_shape(config)
-    if stated is not None:
-        return stated, []
-    height, width = DEFAULT_SHAPE
-    return DEFAULT_SHAPE, [f"the config states no input size: {height} x {width} pixels were taken"]
-
-
 def _macs(config: Config, shape: tuple[int, int]) -> tuple[Macs | None, list[str]]:
     try:
         return macs_before_and_after(config, shape), []
     except ValueError as error:
         return None, [f"MACs are not known: {error}"]
-
-
-def _write(out: Path, content: bytes, manifest: Manifest) -> None:
-    text = json.dumps(manifest.to_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    try:
-        # Both contents are on disk before either file takes its name.
-        with atomic_write(manifest_path(out)) as manifest_part, atomic_write(out) as checkpoint_part:
-            manifest_part.write_text(text, encoding="utf-8")
-            checkpoint_part.write_bytes(content)
-    except OSError as error:
-        message = f"output {out}: cannot be written ({error.strerror}); an older one is as it was"
-        raise OSError(error.errno, message) from error

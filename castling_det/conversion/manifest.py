@@ -16,6 +16,7 @@ __all__ = [
     "MaskRecord",
     "ProbeRecord",
     "WeightsRecord",
+    "table",
 ]
 
 FORMAT = 1
@@ -164,9 +165,14 @@ class Manifest:
             before, after = self.macs.before / 1e9, self.macs.after / 1e9
             cost = f"{before:.3f} G with the softmax branch, {after:.3f} G without"
             rows[f"MACs at {height} x {width}"] = cost
-        column = max(map(len, rows))
-        lines = [f"{name:<{column}}  {text}" for name, text in rows.items()]
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+        return table(rows, self.notes)
+
+
+def table(rows: dict[str, str], notes: tuple[str, ...]) -> str:
+    """Names and texts in two columns, notes below."""
+    column = max(map(len, rows))
+    lines = [f"{name:<{column}}  {text}" for name, text in rows.items()]
+    return "\n".join([*lines, *(f"note: {note}" for note in notes)])
 
 
 def _size(count: int) -> str:

@@ -27,6 +27,7 @@ __all__ = [
     "files_to_probe",
     "input_shape",
     "measure",
+    "probe_shape",
 ]
 
 DEFAULT_SHAPE = (256, 256)
@@ -108,6 +109,23 @@ def input_shape(config: Config) -> tuple[int, int] | None:
         if isinstance(scale, (tuple, list)) and len(scale) == 2 and all(isinstance(side, int) for side in scale):
             return int(scale[1]), int(scale[0])
     return None
+
+
+def probe_shape(config: Config, shape: tuple[int, int] | None) -> tuple[tuple[int, int], list[str]]:
+    """Height and width to generate images at: those given, else the test pipeline's, else a default with a note.
+
+    Raises:
+        ValueError: sides below 1.
+    """
+    if shape is not None:
+        if min(shape) < 1:
+            raise ValueError(f"shape={shape}: expected height and width in pixels, such as 640 640")
+        return shape, []
+    stated = input_shape(config)
+    if stated is not None:
+        return stated, []
+    height, width = DEFAULT_SHAPE
+    return DEFAULT_SHAPE, [f"the config states no input size: {height} x {width} pixels were taken"]
 
 
 def measure(config: Config, probes: Probes, hybrid: nn.Module, linear: nn.Module) -> Measurement:
