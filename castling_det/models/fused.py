@@ -20,7 +20,7 @@ __all__ = ["FusedDetector", "fuse_detector"]
 _Norm = (nn.BatchNorm1d, nn.BatchNorm2d)
 
 
-@MODELS.register_module()
+@MODELS.register_module()  # type: ignore[untyped-decorator]
 def FusedDetector(detector: dict[str, Any]) -> nn.Module:  # a `type` in configs, as every class there
     """The detector of a model config after `fuse_detector`, to load a fused checkpoint into.
 
@@ -84,8 +84,9 @@ def _fuse_sequence(sequence: nn.Sequential) -> int:
     count = 0
     layers = list(sequence.named_children())
     for (name, layer), (norm_name, norm) in itertools.pairwise(layers):
-        if isinstance(norm, _Norm) and type(layer) in (nn.Conv2d, nn.Linear):
-            setattr(sequence, name, folded(layer, norm))
+        plain: Any = layer if type(layer) in (nn.Conv2d, nn.Linear) else None
+        if plain is not None and isinstance(norm, _Norm):
+            setattr(sequence, name, folded(plain, norm))
             setattr(sequence, norm_name, nn.Identity())
             count += 1
     return count
