@@ -1,0 +1,147 @@
+"""The detector with a teacher: its checkpoints are the student's, its losses as the formulas say."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from mmdet.models.detectors import SingleStageDetector
+from mmdet.registry import MODELS
+from mmdet.structures import DetDataSample
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from mmengine.structures import InstanceData
+
+from castling_det.models.detectors.distillation_losses import box_loss, feature_loss, score_loss
+from tests.conversion.conftest import _TINY, randomised_state
+
+
+def build(kind="castling_det.DistilledSingleStage", **distillation):
+    init_default_scope("mmdet")
+    model = Config(copy.deepcopy(_TINY)).model
+    model.update(type=kind)
+    if kind != "GFL":
+        model.distillation = distillation
+    return MODELS.build(model)
+
+
+@pytest.fixture
+def teacher_file(tmp_path):
+    model = build("GFL")
+    path = tmp_path / "teacher.pth"
+    torch.save({"meta": {}, "state_dict": randomised_state(model, seed=5)}, path)
+    return str(path)
+
+
+def batch():
+    truth = InstanceData(bboxes=torch.tensor([[8.0, 10.0, 40.0, 44.0]]), labels=torch.tensor([1]))
+    sample = DetDataSample(gt_instances=truth, ignored_instances=InstanceData(bboxes=torch.zeros(0, 4)))
+    sample.set_metainfo(
+        {"img_shape": (48, 64), "ori_shape": (48, 64), "pad_shape": (48, 64), "batch_input_shape": (48, 64)}
+    )
+    image = torch.randn(1, 3, 48, 64, generator=torch.Generator().manual_seed(0))
+    return image, [sample]
+
+
+def distilled(losses):
+    return {name.removeprefix("loss_distill_"): float(loss) for name, loss in losses.items() if "distill" in name}
+
+
+def test_what_is_saved_is_the_student(teacher_file):
+    model, plain = build(checkpoint=teacher_file), build("GFL")
+    model.loss(*batch())
+    assert list(model.state_dict()) == list(plain.state_dict())
+    assert len(list(model.parameters())) == len(list(plain.parameters()))
+    assert len(list(copy.deepcopy(model).modules())) == len(list(plain.modules()))
+
+
+def test_the_teacher_is_the_softmax_version_frozen_and_in_eval_mode(teacher_file):
+    model = build(checkpoint=teacher_file).train()
+    model.loss(*batch())
+    (teacher,) = model._teacher
+    assert type(teacher) is SingleStageDetector and not teacher.training
+    assert {block.attn.mode for block in teacher.backbone.blocks} == {"softmax"}
+    assert {block.attn.mode for block in model.backbone.blocks} == {"castling"}
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    saved = torch.load(teacher_file, weights_only=True)["state_dict"]
+    assert all(torch.equal(value, saved[name]) for name, value in teacher.state_dict().items())
+
+
+def test_losses_vanish_for_a_student_that_is_the_teacher(teacher_file):
+    saved = torch.load(teacher_file, weights_only=True)["state_dict"]
+    model = build(checkpoint=teacher_file).eval()
+    model.load_state_dict(saved)
+    for block in model.backbone.blocks:
+        block.attn.mode = "softmax"
+    same = distilled(model.loss(*batch()))
+    assert same.keys() == {"features", "scores", "boxes"} and max(same.values()) < 1e-9
+    model.load_state_dict(randomised_state(model, seed=6))
+    assert min(distilled(model.loss(*batch())).values()) > 1e-4
+
+
+def test_weights_and_gradients(teacher_file):
+    model = build(checkpoint=teacher_file, features=2.0, boxes=0.0).eval()
+    state = randomised_state(model, seed=6)
+    one = build(checkpoint=teacher_file).eval()
+    for each in (model, one):
+        each.load_state_dict(state)
+    losses, ones = model.loss(*batch()), one.loss(*batch())
+    assert distilled(losses).keys() == {"features", "scores"}
+    assert float(losses["loss_distill_features"]) == pytest.approx(2 * float(ones["loss_distill_features"]))
+    losses["loss_distill_features"].backward()
+    assert model.backbone.blocks[0].attn.qkv.weight.grad.abs().max() > 0
+    assert model.bbox_head.gfl_cls.weight.grad is None
+
+
+@pytest.mark.parametrize(
+    ("distillation", "message"),
+    [
+        (dict(checkpoint="x", feature=1.0), r"expected checkpoint and weights >= 0 of features, scores, boxes"),
+        (dict(checkpoint="x", boxes=-1.0), r"boxes.: -1.0}: expected checkpoint and weights >= 0"),
+    ],
+)
+def test_refusals(distillation, message):
+    with pytest.raises(ValueError, match=message):
+        build(**distillation)
+
+
+def test_a_missing_teacher_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"model.distillation.checkpoint: expected the file of a softmax training"):
+        build().loss(*batch())
+    with pytest.raises(ValueError, match=r"none.pth: no such file"):
+        build(checkpoint=str(tmp_path / "none.pth")).loss(*batch())
+
+
+def levels(*channels, seed=0, sizes=((5, 7), (3, 4))):
+    generator = torch.Generator().manual_seed(seed)
+    return [[torch.randn(2, c, *size, generator=generator, dtype=torch.float64) for size in sizes] for c in channels]
+
+
+def test_losses_against_loops():
+    """Place by place, from the definitions; two images, two levels of odd sizes, three classes, five bins."""
+    bins = 5
+    scores, boxes = levels(3, 4 * bins, seed=1)
+    teacher_scores, teacher_boxes = levels(3, 4 * bins, seed=2)
+    objects = score_sum = box_sum = smooth_sum = 0.0
+    for own_s, other_s, own_b, other_b in zip(scores, teacher_scores, boxes, teacher_boxes, strict=True):
+        for image in range(2):
+            for y in range(own_s.shape[2]):
+                for x in range(own_s.shape[3]):
+                    p, t = own_s[image, :, y, x].sigmoid(), other_s[image, :, y, x].sigmoid()
+                    entropy = -(t * p.log() + (1 - t) * (1 - p).log())
+                    score_sum += float((entropy * (p - t) ** 2).sum())
+                    objects += float(t.max())
+                    sides = zip(own_b[image, :, y, x].split(bins), other_b[image, :, y, x].split(bins), strict=True)
+                    divergence = [(b.softmax(0) * (b.softmax(0) / a.softmax(0)).log()).sum() for a, b in sides]
+                    box_sum += float(t.max() * sum(divergence) / 4)
+                    distance = (own_b - other_b)[image, :, y, x].abs()
+                    smooth = torch.where(distance < 1, distance**2 / 2, distance - 0.5)
+                    smooth_sum += float(t.max() * smooth.mean())
+    assert float(score_loss(scores, teacher_scores)) == pytest.approx(score_sum / objects, rel=1e-9)
+    assert float(box_loss(boxes, teacher_boxes, teacher_scores, bins=bins)) == pytest.approx(
+        box_sum / objects, rel=1e-9
+    )
+    assert float(box_loss(boxes, teacher_boxes, teacher_scores)) == pytest.approx(smooth_sum / objects, rel=1e-9)
+    ratios = [((a - b) ** 2).mean() / (b**2).mean() for a, b in zip(scores, teacher_scores, strict=True)]
+    assert float(feature_loss(scores, teacher_scores)) == pytest.approx(float(sum(ratios)) / 2, rel=1e-9)
