@@ -1,14 +1,19 @@
-"""Compares trained detectors: reads work dirs, writes report.json, report.md and index.html. Measures nothing.
+"""Compares trained detectors: reads what they left, writes report.json, .md, .csv and index.html. Measures nothing.
 
-A run is NAME=WORK_DIR, with more fields after commas where a default does not fit:
+A run is NAME=PATH: the work dir of MMDetection's tools/train.py or tools/test.py, a checkpoint (its folder counts), or
+a COCO results file (FILE.json, evaluated here). More fields follow after commas where a default does not fit:
 
-  test=DIR        work dir of tools/test.py (default WORK_DIR/test)
-  train=DIR       work dir of the training (default WORK_DIR; for a converted checkpoint, that of its source)
-  config=FILE     config (default: what the tools dumped)
-  checkpoint=FILE tested checkpoint (default: what the test's config says, else the last one)
-  seed=N          (default: from a folder such as seed0 in the path, else from the config)
+  test=DIR          work dir of tools/test.py (default PATH/test, or PATH where the test wrote there)
+  train=DIR         work dir of the training (default PATH; for a converted checkpoint, that of its source)
+  config=FILE       config (default: what the tools dumped)
+  checkpoint=FILE   tested checkpoint (default: what the test's config says, else the last one)
+  predictions=FILE  COCO results (default: predictions.bbox.json in the test's work dir)
+  seed=N            (default: from a folder such as seed0 in the path, else from the config)
 
-Runs of the same name are seeds of one another and share a row. Exit code: 0; 1 if a run failed; 2 for a wrong argument.
+Runs of the same name are seeds of one another and share a row. A run that was not tested has the figures of its last
+validation, and says so. Differences from the baseline get an interval, by a bootstrap over the test images, where
+predictions of both are at hand. Latency and memory are read from --benchmark or --latency.
+Exit code: 0; 1 if a run failed; 2 for a wrong argument.
 
   tools/report.py --run softmax=work_dirs/demo/seed0/softmax --run castling=work_dirs/demo/seed0/castling
       --run deploy=work_dirs/demo/seed0/deploy --baseline softmax --deployed deploy
@@ -38,14 +43,18 @@ from castling_det.files import atomic_write
 def main() -> int:
     """Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", action="append", required=True, metavar="NAME=WORK_DIR[,KEY=VALUE...]", dest="runs")
+    parser.add_argument("--run", action="append", required=True, metavar="NAME=PATH[,KEY=VALUE...]", dest="runs")
     parser.add_argument("--baseline", required=True, metavar="NAME", help="the run that the others are compared with")
     parser.add_argument("--deployed", metavar="NAME", help="the run that is shipped (default: that of the last --run)")
     parser.add_argument("--ann", required=True, type=Path, metavar="FILE", help="COCO annotations that were tested on")
     parser.add_argument("--images", required=True, type=Path, metavar="DIR", help="folder of the tested images")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the report")
     parser.add_argument("--shape", nargs=2, type=int, metavar=("H", "W"), help="image for GMACs (default: as tested)")
+    text = "a benchmark.json of tools/benchmark.py: latency over size, and of the runs' own detector"
+    parser.add_argument("--benchmark", action="append", type=Path, default=[], metavar="FILE", help=text)
     parser.add_argument("--latency", type=Path, metavar="FILE", help="JSON with measured latencies by run")
+    parser.add_argument("--resamples", type=int, default=1000, metavar="N", help="draws of the images; 0: no interval")
+    parser.add_argument("--bootstrap-seed", type=int, default=0, metavar="N", help="of these draws")
     parser.add_argument("--dataset", metavar="TEXT", help="what the report calls the data (default: file and counts)")
     parser.add_argument("--score", type=float, default=0.3, help="score from which on a box counts in the pictures")
     parser.add_argument("--pictures", type=int, default=8, metavar="N", help="images in the gallery")
@@ -62,7 +71,10 @@ def main() -> int:
             created_by=shlex.join(["tools/report.py", *sys.argv[1:]]),
             shape=tuple(arguments.shape) if arguments.shape else None,
             latency=read_latency(arguments.latency) if arguments.latency else None,
+            benchmarks=arguments.benchmark,
             score_threshold=arguments.score,
+            resamples=arguments.resamples,
+            bootstrap_seed=arguments.bootstrap_seed,
         )
         pictures = comparison_pictures(report, specs, annotations, arguments.images, count=arguments.pictures)
     except ValueError as error:

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -24,7 +24,13 @@ def write_document(path: str | os.PathLike[str], value: Any, *, schema: str, fie
 
 
 def read_document(
-    path: str | os.PathLike[str], record_type: type[RecordT], *, schema: str, field: str, fix: str
+    path: str | os.PathLike[str],
+    record_type: type[RecordT],
+    *,
+    schema: str,
+    field: str,
+    fix: str,
+    older: Mapping[str, Callable[[Any], Any]] | None = None,
 ) -> RecordT:
     """Reads what `write_document` wrote.
 
@@ -34,6 +40,7 @@ def read_document(
         schema: name and version that the file must have.
         field: as given to `write_document`.
         fix: what to do about another file, for the errors.
+        older: earlier schemas that are read too, each with what makes the present form of its JSON value.
 
     Raises:
         ValueError: not readable JSON, of another schema or version, or a field that does not fit.
@@ -43,9 +50,13 @@ def read_document(
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: not a readable JSON file ({error}); {fix}") from error
     found = document.get("schema") if isinstance(document, dict) else None
+    value = document.get(field) if isinstance(document, dict) else None
     if found != schema:
-        raise ValueError(f"{path}: schema={found!r}: expected {schema!r}; {fix}")
-    return from_jsonable(record_type, document.get(field), where=field)
+        modernised = (older or {}).get(str(found))
+        if modernised is None:
+            raise ValueError(f"{path}: schema={found!r}: expected {schema!r}; {fix}")
+        value = modernised(value)
+    return from_jsonable(record_type, value, where=field)
 
 
 def to_jsonable(value: Any, *, where: str = "record") -> Any:

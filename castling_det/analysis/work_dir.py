@@ -14,7 +14,7 @@ from castling_det.analysis.scalars import coco_metrics
 __all__ = [
     "PREDICTIONS",
     "find_checkpoint",
-    "find_predictions",
+    "metrics_files",
     "read_commands",
     "read_dumped_config",
     "read_json",
@@ -32,7 +32,7 @@ def read_test_metrics(test_dir: Path) -> dict[str, float | None]:
     Raises:
         ValueError: no such file, or no box metric in it; names the file and the fix.
     """
-    found = sorted(path for path in test_dir.glob("*/*.json") if path.stem == path.parent.name)
+    found = metrics_files(test_dir)
     if not found:
         raise ValueError(f"{test_dir}: no <time>/<time>.json with metrics; run {TEST_COMMAND} {test_dir}")
     row = read_json(found[-1])
@@ -45,19 +45,9 @@ def read_test_metrics(test_dir: Path) -> dict[str, float | None]:
     return metrics
 
 
-def find_predictions(test_dir: Path) -> Path:
-    """The COCO results file `predictions.bbox.json` that `CocoMetric(outfile_prefix=...)` wrote.
-
-    Raises:
-        ValueError: there is none; says how to get it.
-    """
-    path = test_dir / PREDICTIONS
-    if not path.is_file():
-        raise ValueError(
-            f"{path}: no such file; run {TEST_COMMAND} {test_dir} --cfg-options "
-            f"test_evaluator.outfile_prefix={test_dir / 'predictions'}"
-        )
-    return path
+def metrics_files(test_dir: Path) -> list[Path]:
+    """The files `<time>/<time>.json` that test runs left in their work dir, oldest first."""
+    return sorted(path for path in test_dir.glob("*/*.json") if path.stem == path.parent.name)
 
 
 def find_checkpoint(work_dir: Path) -> Path:

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import pytest
 
 from castling_det.analysis.record import Report
-from castling_det.analysis.report import Annotations, RunSpec, build_report, comparison_pictures
+from castling_det.analysis.report import Annotations, RunSpec, build_report, comparison_pictures, html_page
 from castling_det.analysis.report.gallery import Row
-from tests.analysis.samples import write_data, write_demo
+from tests.analysis.samples import write_benchmark, write_data, write_demo
 
 
 class Demo(NamedTuple):
@@ -25,6 +25,13 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     specs = [RunSpec.parse(run) for run in write_demo(root / "runs", annotations)]
     data = Annotations(annotations, description="noise & <boxes>")
     report = build_report(
-        specs, baseline="softmax", deployed="deploy", annotations=data, created_by="tools/report.py --x"
-    )
+        specs, baseline="softmax", deployed="deploy", annotations=data, created_by="tools/report.py --x",
+        benchmarks=[write_benchmark(root / "benchmark")], resamples=200,
+    )  # fmt: skip
     return Demo(report, comparison_pictures(report, specs, data, images, count=3), specs)
+
+
+@pytest.fixture(scope="session")
+def demo_page(demo: Demo) -> str:
+    """The HTML page of `demo`, with its pictures."""
+    return html_page(demo.report, demo.pictures)

@@ -10,6 +10,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from castling_det.analysis.benchmark import BenchmarkReport, BenchmarkRow, Timing
+from castling_det.analysis.benchmark.record import write_benchmark_json
+from castling_det.analysis.evaluation import evaluate_boxes
+from castling_det.analysis.record import METRICS
+from tests.analysis.records import MACHINE
+
 CONFIG = """\
 default_scope = "mmdet"
 randomness = dict(seed={seed})
@@ -99,17 +105,16 @@ def write_session(
 
 def write_test(
     test_dir: Path, *, mAP: float, attention: str = "softmax", seed: int = 0, checkpoint: Path | None = None,
-    time: str = "20260101_120000",
+    time: str = "20260101_120000", metrics: dict[str, float | None] | None = None,
 ) -> None:  # fmt: skip
-    """What tools/test.py leaves: metrics and the dumped config."""
-    metrics = {
-        "coco/bbox_mAP": mAP, "coco/bbox_mAP_50": round(2.2 * mAP, 3), "coco/bbox_mAP_75": round(0.6 * mAP, 3),
-        "coco/bbox_mAP_s": round(0.5 * mAP, 3), "coco/bbox_mAP_m": round(1.1 * mAP, 3), "coco/bbox_mAP_l": -1.0,
-        "data_time": 0.01, "time": 0.1,
-    }  # fmt: skip
+    """What tools/test.py leaves: metrics, made up from mAP or as given, with three digits, and the dumped config."""
+    found = metrics or {"mAP": mAP, "mAP50": 2.2 * mAP, "mAP75": 0.6 * mAP, "mAP_s": 0.5 * mAP, "mAP_m": 1.1 * mAP}
+    keys = {name: name.replace("mAP50", "mAP_50").replace("mAP75", "mAP_75") for name in METRICS}
+    rounded = {name: -1.0 if (value := found.get(name)) is None else round(value, 3) for name in METRICS}
+    document = {f"coco/bbox_{keys[name]}": value for name, value in rounded.items()} | {"data_time": 0.01, "time": 0.1}
     folder = test_dir / time
     (folder / "vis_data").mkdir(parents=True)
-    (folder / f"{time}.json").write_text(json.dumps(metrics))
+    (folder / f"{time}.json").write_text(json.dumps(document))
     config = CONFIG.format(seed=seed, load_from=str(checkpoint) if checkpoint else None, attention=attention)
     (folder / "vis_data" / "config.py").write_text(config)
 
@@ -139,10 +144,31 @@ def write_demo(root: Path, annotations: Path, *, seeds: int = 2) -> list[str]:
         (folder / "deploy" / "deploy.json").write_text(json.dumps(manifest))
         tested = (("softmax", "softmax", "iter_200.pth"), ("castling", "castling", "iter_200.pth"))
         for name, attention, weights in (*tested, ("deploy", "linear", "deploy.pth")):
-            mAP = round((0.24 if name == "softmax" else 0.25) + 0.006 * seed, 3)
             test = folder / name / "test"
-            write_test(test, mAP=mAP, seed=seed, checkpoint=folder / name / weights, attention=attention)
             skip = 2 if name == "softmax" else 0
-            write_predictions(test / "predictions.bbox.json", annotations, skip=skip, seed=seed)
+            predictions = test / "predictions.bbox.json"
+            write_predictions(predictions, annotations, skip=skip, seed=seed)
+            scored = evaluate_boxes(json.loads(annotations.read_text()), json.loads(predictions.read_text()))
+            weight = folder / name / weights
+            write_test(test, mAP=0, seed=seed, checkpoint=weight, attention=attention, metrics=scored.metrics)
             runs.append(f"{name}={folder / name}")
     return runs
+
+
+def write_benchmark(root: Path, *, attention_options: str = "") -> Path:
+    """A benchmark of the demo's detector at two sizes and of the core, with a crossover, and the detector's configs."""
+    root.mkdir(parents=True)
+    for attention in ("softmax", "linear"):
+        config = CONFIG.format(seed=0, load_from=None, attention=attention)
+        (root / f"det_{attention}_x.py").write_text(config.replace("depth=2", f"depth=2{attention_options}"))
+    rows = []
+    for level, passes, sizes in (("detector", "forward", (64, 128)), ("core", "forward+backward", (8, 16, 32))):
+        for side in sizes:
+            tokens = side**2 if level == "core" else (side // 16) ** 2
+            for variant, p50 in (("softmax", 1e-4 * tokens**2), ("linear", 2e-3 * tokens)):
+                timing = Timing(0.9 * p50, p50, 1.2 * p50, 5)
+                rows.append(BenchmarkRow(level, variant, passes, "float32", 1, side, side, tokens, "ok",
+                                         timing=timing, peak_mib=float(side), parity_ok=True))  # fmt: skip
+    report = BenchmarkReport(MACHINE, "tools/benchmark.py", "now", 32, 2, 2, str(root / "det_*_x.py"), tuple(rows))
+    write_benchmark_json(root / "benchmark.json", report)
+    return root / "benchmark.json"

@@ -1,4 +1,4 @@
-"""Both backends of COCO's evaluation give the same figures; draws give what COCO's evaluation of the drawn set gives."""
+"""Both backends of COCO evaluation give the same figures; a draw gives what evaluating the drawn set gives."""
 
 from __future__ import annotations
 

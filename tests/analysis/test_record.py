@@ -17,12 +17,15 @@ from castling_det.analysis.record import (
     SCHEMA,
     Comparison,
     Counts,
+    Difference,
     ImageComparison,
     Latency,
     MaskOccupancy,
     Report,
     RunRecord,
     Series,
+    Speed,
+    SpeedPoint,
     read_report,
     write_report_json,
 )
@@ -34,15 +37,22 @@ def full_report() -> Report:
     series = Series((10, 20, 30), (1.5, None, 0.1))
     run = RunRecord(
         name="castling", status="ok", seed=1, attention="castling", work_dir="a", config="c.py", checkpoint="x.pth",
-        checkpoint_sha256="0" * 64, metrics={"mAP": 0.25, "mAP_l": None}, params=123, gmacs=1.25,
-        gmacs_by_kind={"conv": 1.25}, input_shape=(256, 320), latency=Latency(1.5, 2, "cpu", (256, 256)),
+        checkpoint_sha256="0" * 64, metrics={"mAP": 0.25, "mAP_l": None}, metrics_source="a",
+        precision={"tree": (1.0, 0.5)}, params=123, gmacs=1.25,
+        gmacs_by_kind={"conv": 1.25}, input_shape=(256, 320), latency=Latency(1.5, 2, "cpu", (256, 256), 3.5, "b.json"),
         train_seconds=12.5, iterations=30, scalars={"loss": series}, validation={"mAP": series},
         mask=MaskOccupancy({"blocks.0": series}, {"blocks.0": series}, series), commands=("train",), notes=("note",),
     )  # fmt: skip
     failed = RunRecord(name="softmax", status="failed", reason="no metrics | in file\n<b>")
     images = (ImageComparison(3, "a.png", Counts(1, 2, 3), Counts(4, 0, 0)),)
     comparison = Comparison("softmax", "castling", 1, 0.3, 0.5, images)
-    return Report("softmax", "castling", "data", "tools/report.py", "2026-01-01", MACHINE, (failed, run), comparison)
+    difference = Difference("castling", 0.01, -0.02, 0.03, 0.95, 1, 25, 1000, 7)
+    point = SpeedPoint("linear", 16, 24, 384, 1.0, 1.5, 2.0, 0.5)
+    speed = Speed("b.json", "tools/benchmark.py", "core", "forward", "float32", 1, MACHINE, (point,), None, "none")
+    return Report(
+        "softmax", "castling", "data", "tools/report.py", "2026-01-01", MACHINE, (failed, run), comparison,
+        (difference,), (speed,),
+    )  # fmt: skip
 
 
 def test_a_report_survives_its_file(tmp_path: Path) -> None:
@@ -52,6 +62,29 @@ def test_a_report_survives_its_file(tmp_path: Path) -> None:
     document = json.loads((tmp_path / "report.json").read_text())
     assert document["schema"] == SCHEMA
     assert document["report"]["runs"][0]["status"] == "failed"
+
+
+def test_a_report_of_the_first_version_is_still_read(tmp_path: Path) -> None:
+    report = full_report()
+    path = tmp_path / "report.json"
+    write_report_json(path, report)
+    document = json.loads(path.read_text())
+    old = document["report"]
+    for field in ("differences", "speed"):
+        del old[field]
+    for run in old["runs"]:
+        del run["metrics_source"], run["precision"]
+        if run["latency"]:
+            del run["latency"]["peak_mib"], run["latency"]["source"]
+    path.write_text(json.dumps({"schema": "castling_det.report/1", "report": old}))
+    failed, run = report.runs
+    bare = dataclasses.replace(
+        run, metrics_source=None, precision={}, latency=Latency(1.5, 2, "cpu", (256, 256))
+    )
+    assert read_report(path) == dataclasses.replace(report, runs=(failed, bare), differences=(), speed=())
+    path.write_text(json.dumps({"schema": "castling_det.report/1", "report": {"runs": 3}}))
+    with pytest.raises(ValueError, match="fields of Report differ"):
+        read_report(path)
 
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
@@ -78,7 +111,7 @@ def test_what_json_has_no_form_for_is_refused_and_named(value: float) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema": "castling_det.report/0"}, "expected 'castling_det.report/1'"),
+        ({"schema": "castling_det.report/0"}, "expected 'castling_det.report/2'"),
         ({"report": {"baseline": "softmax"}}, r"missing \['comparison'"),
         ({"report": None}, "expected an object"),
     ],

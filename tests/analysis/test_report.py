@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import io
 import json
 from pathlib import Path
 
@@ -14,11 +16,13 @@ from castling_det.analysis.report import (
     RunSpec,
     build_run,
     comparison_pictures,
+    headline,
     html_page,
     markdown,
     read_latency,
     write_report,
 )
+from castling_det.analysis.report.csv_file import csv_text
 from castling_det.analysis.report.table import duration, headline_cells, summaries
 from tests.analysis.conftest import Demo
 from tests.analysis.records import make_report, make_run
@@ -32,14 +36,12 @@ def test_the_records_hold_what_the_work_dirs_say(demo: Demo) -> None:
     ]
     softmax, castling, deploy = report.runs[:3]
     assert not report.failed and not any(run.notes for run in report.runs)
-    assert softmax.metrics == {
-        "mAP": 0.24,
-        "mAP50": 0.528,
-        "mAP75": 0.144,
-        "mAP_s": 0.12,
-        "mAP_m": 0.264,
-        "mAP_l": None,
-    }
+    recorded = json.loads(next(Path(str(softmax.work_dir)).glob("test/*/2*.json")).read_text())
+    assert softmax.metrics_source == "tools/test.py"
+    assert softmax.metrics["mAP"] == recorded["coco/bbox_mAP"] > 0
+    assert softmax.metrics["mAP75"] == recorded["coco/bbox_mAP_75"] != softmax.metrics["mAP"]
+    assert softmax.metrics["mAP_l"] is None and recorded["coco/bbox_mAP_l"] == -1
+    assert len(softmax.precision["tree"]) == 101
     assert (softmax.attention, castling.attention, deploy.attention) == ("softmax", "castling", "linear")
     assert softmax.input_shape == (128, 128), "64 pixels, brought to 128 by the test pipeline"
     assert softmax.params == deploy.params and softmax.gmacs is not None and deploy.gmacs is not None
@@ -64,14 +66,39 @@ def test_the_comparison_puts_the_largest_difference_first(demo: Demo) -> None:
 
 
 def test_the_markdown_holds_the_table(demo: Demo) -> None:
-    lines = markdown(demo.report).splitlines()
-    softmax = next([c.strip() for c in line.split("|")[2:-1]] for line in lines if line.startswith("| softmax"))
-    deploy = next([c.strip() for c in line.split("|")[2:-1]] for line in lines if line.startswith("| deploy"))
-    assert "GMACs at 128x128" in markdown(demo.report)
-    assert softmax[:4] == ["2", "0.243 ± 0.004", "baseline", "0.534 ± 0.009"]
-    assert deploy[1:3] == ["0.253 ± 0.004", "+0.010 ± 0.000"]
-    assert len(softmax) == len(deploy) == 7
-    assert "tools/report.py --x" in markdown(demo.report) and "train.py softmax.py" in markdown(demo.report)
+    text = markdown(demo.report)
+    lines = text.splitlines()
+    head, softmax, deploy = (
+        [cell.strip() for cell in next(line for line in lines if line.startswith(start)).split("|")[1:-1]]
+        for start in ("| run", "| softmax", "| deploy")
+    )
+    assert head == [
+        "run", "seeds", "mAP", "mAP - softmax", "95% interval", "mAP50", "mAP75", "mAP_s", "params (M)",
+        "GMACs at 128x128", "latency p50 (ms)", "peak memory (MiB)", "training",
+    ]  # fmt: skip
+    mean = sum(run.metrics["mAP"] or 0 for run in demo.report.runs_named("softmax")) / 2
+    assert softmax[1] == "2" and softmax[2].startswith(f"{mean:.3f} ± ") and softmax[3:5] == ["baseline", "-"]
+    found = demo.report.difference_of("deploy")
+    assert found is not None and deploy[4] == f"{found.low:+.3f} to {found.high:+.3f}"
+    assert "6 test images: 200 draws with replacement (seed 0)" in text.replace("\n", " ")
+    assert (softmax[10], deploy[10]) == ("0.4", "0.1") and softmax[11] == "128.0" and softmax[12] == "1 min 40 s"
+    assert "tools/report.py --x" in text and "train.py softmax.py" in text
+    assert all(len(line) <= 130 for line in lines if not line.startswith(("|", "- ")))
+    assert "mAP_s" not in headline(demo.report) and "95% interval" in headline(demo.report), "the README's is narrow"
+
+
+def test_the_table_for_a_spreadsheet_has_a_row_a_run_with_units(demo: Demo) -> None:
+    failed = make_run("softmax", 5, None)
+    report = dataclasses.replace(demo.report, runs=(*demo.report.runs, failed))
+    rows = list(csv.DictReader(io.StringIO(csv_text(report))))
+    assert [row["run"] for row in rows] == [run.name for run in report.runs]
+    deploy = rows[2]
+    run, found = report.runs[2], report.difference_of("deploy")
+    assert found is not None and float(deploy["mAP_minus_baseline_low"]) == found.low
+    assert float(deploy["gmacs"]) == run.gmacs and deploy["gmacs_input_width_px"] == "128"
+    assert float(deploy["latency_p50_ms"]) == pytest.approx(0.128) and deploy["peak_memory_mib"] == "128.0"
+    assert deploy["mask_empty_from_iteration"] == "160" and float(deploy["training_seconds"]) == pytest.approx(100)
+    assert rows[-1]["status"] == "failed" and rows[-1]["reason"] == "it | broke\nbadly <here>" and not rows[-1]["mAP"]
 
 
 def test_differences_are_paired_by_seed() -> None:
@@ -178,6 +205,7 @@ def test_a_missing_image_is_named(demo: Demo, tmp_path: Path) -> None:
 def test_latency_is_read_not_measured(tmp_path: Path) -> None:
     row = {"p50_ms": 12, "threads": 2, "device": "cpu", "input_shape": [64, 64]}
     latency = read_latency(_dump(tmp_path / "l.json", {"latency": {"deploy": row}}))
+    assert latency["deploy"].source == str(tmp_path / "l.json") and latency["deploy"].peak_mib is None
     assert latency["deploy"].p50_ms == 12.0 and latency["deploy"].input_shape == (64, 64)
     report = make_report(
         make_run("softmax", 0, 0.2), dataclasses.replace(make_run("deploy", 0, 0.3), latency=latency["deploy"])

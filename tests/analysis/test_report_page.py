@@ -69,16 +69,17 @@ def _decoded(uri: str) -> Image.Image:
     return picture
 
 
-def test_the_page_shows_every_plot_and_picture_and_needs_nothing_else(
-    demo: Demo,
-) -> None:
-    report, pictures, _ = demo
-    text = html_page(report, pictures)
+def test_the_page_shows_every_plot_and_picture_and_needs_nothing_else(demo_page: str) -> None:
+    text = demo_page
     page = Page(text)
     assert page.open == []
     assert page.plots == [
         "mAP over GMACs of every run",
+        "mAP over latency of every run",
         "GMACs by kind of operation",
+        "latency over input size, detector, forward, float32",
+        "latency over input size, core, forward+backward, float32",
+        "precision over recall of tree at IoU 0.50",
         "loss over training",
         "validation mAP, in [0, 1] over training",
         "kept fraction, in [0, 1] over training, by layer",
@@ -91,15 +92,16 @@ def test_the_page_shows_every_plot_and_picture_and_needs_nothing_else(
     local = [reference for reference in page.references if not reference.startswith("data:image/")]
     assert local and all(reference.startswith("#") and reference[1:] in page.ids for reference in local)
     assert "empty from 160" in page.text and "From iteration 160 on no layer keeps anything" in page.text
+    detector = text[text.index("latency over input size, detector") :]
+    assert "crossover: N = 20" in detector[: detector.index("</svg>")], "1e-4 N^2 meets 2e-3 N there"
     assert "noise & <boxes>" in page.text, "text is escaped, not interpreted"
     assert "score of at least 0.3" in page.text and "at least 0.5" in page.text
     assert "1 right, 0 wrong, 2 missed" in page.text and "3 right, 0 wrong, 0 missed" in page.text
     assert page.text.index("F1 of deploy 0.50 above softmax") < page.text.index("Every run")
 
 
-def test_ids_of_several_drawings_do_not_collide(demo: Demo) -> None:
-    text = html_page(demo.report, [])
-    drawings = re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL)
+def test_ids_of_several_drawings_do_not_collide(demo_page: str) -> None:
+    drawings = re.findall(r"<svg.*?</svg>", demo_page, flags=re.DOTALL)
     referenced = [set(re.findall(r'(?:href="#|url\(#)([\w-]+)', drawing)) for drawing in drawings]
     for names, drawing in zip(referenced, drawings, strict=True):
         for name in names:
@@ -110,17 +112,14 @@ def test_ids_of_several_drawings_do_not_collide(demo: Demo) -> None:
             assert f'id="{name}"' in drawing and len(bodies) == 1
 
 
-def test_a_broken_picture_would_be_seen(demo: Demo) -> None:
-    report, pictures, _ = demo
-    uri = Page(html_page(report, pictures[:1])).images[0]
+def test_a_broken_picture_would_be_seen(demo_page: str) -> None:
+    uri = Page(demo_page).images[0]
     with pytest.raises((OSError, ValueError)):
         _decoded(uri[: len(uri) // 2 // 4 * 4])
 
 
-def test_a_run_has_one_colour_everywhere_and_both_themes_define_it(
-    demo: Demo,
-) -> None:
-    text = html_page(demo.report, [])
+def test_a_run_has_one_colour_everywhere_and_both_themes_define_it(demo_page: str) -> None:
+    text = demo_page
     used = set(re.findall(r"var\((--(?:run|layer)-\d)\)", text))
     light, dark = text.split("prefers-color-scheme: dark", 1)
     assert {"--run-0", "--run-1", "--run-2", "--layer-0", "--layer-7"} <= used

@@ -18,7 +18,6 @@ from castling_det.analysis.configs import attention_of, checkpoint_of, network_s
 from castling_det.analysis.scalars import coco_metrics, read_training_log
 from castling_det.analysis.work_dir import (
     find_checkpoint,
-    find_predictions,
     read_commands,
     read_dumped_config,
     read_test_metrics,
@@ -167,8 +166,6 @@ def test_missing_or_broken_results_name_the_file_and_the_fix(tmp_path: Path) -> 
     path.write_text('{"coco/bbox_mAP": 0.')
     with pytest.raises(ValueError, match=r"120000\.json: not a readable JSON file"):
         read_test_metrics(tmp_path)
-    with pytest.raises(ValueError, match=r"predictions\.bbox\.json: no such file; .*outfile_prefix="):
-        find_predictions(tmp_path)
 
 
 def test_metrics_are_found_whatever_their_prefix() -> None:

@@ -13,10 +13,12 @@ from castling_det.analysis.configs import network_shape
 from castling_det.analysis.machine import this_machine
 from castling_det.analysis.record import Latency, Report, RunRecord
 from castling_det.analysis.report.compare import Annotations, compare
+from castling_det.analysis.report.differences import differences
 from castling_det.analysis.report.gallery import Row, gallery
 from castling_det.analysis.report.runs import build_run, config_of
 from castling_det.analysis.report.spec import RunSpec
-from castling_det.analysis.work_dir import PREDICTIONS, find_predictions, read_json
+from castling_det.analysis.report.speed import Benchmarks
+from castling_det.analysis.work_dir import read_json
 
 __all__ = ["build_report", "comparison_pictures", "read_latency"]
 
@@ -30,7 +32,10 @@ def build_report(
     created_by: str,
     shape: tuple[int, int] | None = None,
     latency: dict[str, Latency] | None = None,
+    benchmarks: Sequence[Path] = (),
     score_threshold: float = 0.3,
+    resamples: int = 1000,
+    bootstrap_seed: int = 0,
 ) -> Report:
     """Reads every run, and compares baseline and deployed image by image on the first seed that both have.
 
@@ -43,16 +48,25 @@ def build_report(
         shape: height and width at which multiply-adds are counted from each run's config; None takes what the
             baseline's test pipeline makes of the data set's most common image size.
         latency: measured elsewhere, by name of the run.
+        benchmarks: records of tools/benchmark.py; a run without a latency of its own takes it from there.
         score_threshold: score from which on a box counts in the comparison by image.
+        resamples: draws of the test images for the intervals of differences; 0 makes none.
+        bootstrap_seed: of these draws.
 
     Raises:
-        ValueError: `baseline` or `deployed` names no run.
+        ValueError: `baseline` or `deployed` names no run; a latency of a run that is not there; a file that is not
+            what it should be.
     """
+    if unknown := sorted(set(latency or {}) - {spec.name for spec in specs}):
+        raise ValueError(f"latency: {unknown} are no runs; expected some of {sorted({spec.name for spec in specs})}")
     counted: dict[str, Complexity] = {}
     shape = shape or _tested_shape(specs, baseline, annotations)
+    measured = Benchmarks(benchmarks)
     runs = tuple(
-        build_run(spec, shape=shape, counted=counted, latency=(latency or {}).get(spec.name)) for spec in specs
-    )
+        _timed(build_run(spec, annotations=annotations, shape=shape, counted=counted,
+                         latency=(latency or {}).get(spec.name)), spec, measured)
+        for spec in specs
+    )  # fmt: skip
     report = Report(
         baseline=baseline,
         deployed=deployed,
@@ -61,15 +75,21 @@ def build_report(
         created_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         machine=this_machine(),
         runs=runs,
+        speed=measured.speeds(),
     )
+    # After the report has said whether the names are those of runs: this takes its time.
+    between = differences(
+        specs, runs, annotations, baseline=baseline, resamples=resamples, bootstrap_seed=bootstrap_seed
+    )
+    report = replace(report, differences=between)
     pair = _pair(specs, runs, baseline, deployed)
     if pair is None:
         return report
     comparison = compare(
         annotations,
-        *(annotations.detections(find_predictions(spec.test)) for spec in pair),
+        *(annotations.detections(path) for _, path in pair),
         names=(baseline, deployed),
-        seed=runs[specs.index(pair[0])].seed,
+        seed=pair[0][0].seed,
         score_threshold=score_threshold,
     )
     return replace(report, comparison=comparison)
@@ -86,12 +106,14 @@ def comparison_pictures(
     pair = _pair(specs, report.runs, report.baseline, report.deployed)
     if report.comparison is None or pair is None:
         return []
-    baseline, deployed = (annotations.detections(find_predictions(spec.test)) for spec in pair)
+    baseline, deployed = (annotations.detections(path) for _, path in pair)
     return gallery(report.comparison, annotations, images, baseline, deployed, count=count)
 
 
 def read_latency(path: Path) -> dict[str, Latency]:
     """Latencies by name of the run, from `{"latency": {NAME: {p50_ms, threads, device, input_shape}}}`.
+
+    `peak_mib` may be given too; the file itself is the source.
 
     Raises:
         ValueError: not of that form; names the file and the field.
@@ -100,7 +122,11 @@ def read_latency(path: Path) -> dict[str, Latency]:
     rows = document.get("latency") if isinstance(document, dict) else None
     if not isinstance(rows, dict):
         raise ValueError(f'{path}: expected {{"latency": {{NAME: {{"p50_ms": ..., "threads": ..., ...}}}}}}')
-    return {name: from_jsonable(Latency, row, where=f"{path}: {name}") for name, row in rows.items()}
+    latencies = {}
+    for name, row in rows.items():
+        whole = {"peak_mib": None, **row, "source": str(path)} if isinstance(row, dict) else row
+        latencies[name] = from_jsonable(Latency, whole, where=f"{path}: {name}")
+    return latencies
 
 
 def _tested_shape(specs: Sequence[RunSpec], baseline: str, annotations: Annotations) -> tuple[int, int] | None:
@@ -114,15 +140,26 @@ def _tested_shape(specs: Sequence[RunSpec], baseline: str, annotations: Annotati
     return None
 
 
+def _timed(run: RunRecord, spec: RunSpec, benchmarks: Benchmarks) -> RunRecord:
+    """With the latency that a benchmark of the same detector gives, if the run has none."""
+    found = config_of(spec) if run.config is not None and run.latency is None else None
+    if found is None:
+        return run
+    latency, notes = benchmarks.latency(found[1], run.input_shape)
+    return replace(run, latency=latency, notes=(*run.notes, *notes))
+
+
 def _pair(
     specs: Sequence[RunSpec], runs: Sequence[RunRecord], baseline: str, deployed: str
-) -> tuple[RunSpec, RunSpec] | None:
-    """The first baseline run that is ok, and the deployed one of the same seed, both with predictions."""
+) -> tuple[tuple[RunRecord, Path], tuple[RunRecord, Path]] | None:
+    """The first baseline run that is ok, and the deployed one of the same seed, with the predictions of both."""
     usable = [
-        (spec, run) for spec, run in zip(specs, runs, strict=True) if run.ok and (spec.test / PREDICTIONS).is_file()
+        (run, path)
+        for spec, run in zip(specs, runs, strict=True)
+        if run.ok and run.precision and (path := spec.predictions_file) is not None
     ]
-    for first, left in usable:
-        for second, right in usable:
-            if left.name == baseline and right.name == deployed and left.seed == right.seed:
-                return first, second
+    for left in usable:
+        for right in usable:
+            if left[0].name == baseline and right[0].name == deployed and left[0].seed == right[0].seed:
+                return left, right
     return None

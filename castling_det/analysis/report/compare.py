@@ -36,6 +36,8 @@ class Annotations:
         if missing:
             raise ValueError(f"{path}: no {', '.join(missing)}; expected a COCO annotation file")
         self.path = path
+        self.document: dict[str, Any] = document
+        """The file's content, not to be changed."""
         self.file_names: dict[int, str] = {int(image["id"]): str(image["file_name"]) for image in document["images"]}
         shapes = Counter(
             (int(i["height"]), int(i["width"])) for i in document["images"] if "height" in i and "width" in i
@@ -51,24 +53,36 @@ class Annotations:
         """The annotated boxes of an image."""
         return _boxes(self._truth.get(image_id, []))
 
+    def results(self, path: Path) -> list[dict[str, Any]]:
+        """The boxes of a COCO results file.
+
+        Raises:
+            ValueError: not a results file, or it has images or categories that are not in the annotations.
+        """
+        document = read_json(path)
+        fields = ("image_id", "category_id", "bbox", "score")
+        rows: list[dict[str, Any]] = document if isinstance(document, list) else [{}]
+        if not all(isinstance(row, dict) and all(field in row for field in fields) for row in rows):
+            raise ValueError(f"{path}: expected a COCO results file, a list of boxes with {', '.join(fields)}")
+        for field, known in (("image_id", self.file_names), ("category_id", self.categories)):
+            unknown = sorted({int(row[field]) for row in rows} - set(known))
+            if unknown:
+                kind = field.removesuffix("_id")
+                raise ValueError(
+                    f"{path}: {kind} ids {unknown[:5]} are not in {self.path}; give the annotation file that was "
+                    "tested on"
+                )
+        return rows
+
     def detections(self, path: Path) -> dict[int, Boxes]:
         """The boxes of a COCO results file by image, the 100 best of each, best first.
 
         Raises:
-            ValueError: not a results file, or it has images that are not in the annotations.
+            ValueError: see `results`.
         """
-        document = read_json(path)
-        if not isinstance(document, list) or any("image_id" not in row or "score" not in row for row in document[:1]):
-            raise ValueError(f"{path}: expected a COCO results file, a list of boxes with image_id and score")
-        found = _by_image(document)
-        unknown = sorted(set(found) - set(self.file_names))
-        if unknown:
-            raise ValueError(
-                f"{path}: image ids {unknown[:5]} are not in {self.path}; give the annotation file that was tested on"
-            )
         return {
             image_id: _boxes(sorted(rows, key=lambda row: -float(row["score"]))[:_MAX_DETECTIONS])
-            for image_id, rows in found.items()
+            for image_id, rows in _by_image(self.results(path)).items()
         }
 
 
@@ -82,7 +96,10 @@ def compare(
     score_threshold: float = 0.3,
     iou: float = 0.5,
 ) -> Comparison:
-    """Counts right, wrong and missed boxes of both on every image, and sorts by the difference in F1, largest first."""
+    """Counts right, wrong and missed boxes of both on every image, and sorts by the difference in F1, largest first.
+
+    Of equal differences, those by which the deployed one is worse stand first.
+    """
     images = []
     for image_id, file_name in annotations.file_names.items():
         truth = annotations.truth(image_id)
@@ -91,7 +108,7 @@ def compare(
             for detections in (baseline, deployed)
         ]
         images.append(ImageComparison(image_id, file_name, *counts))
-    images.sort(key=lambda image: (-abs(image.f1_difference), image.file_name))
+    images.sort(key=lambda image: (-abs(image.f1_difference), image.f1_difference, image.file_name))
     return Comparison(*names, seed=seed, score_threshold=score_threshold, iou=iou, images=tuple(images))
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import textwrap
+
 from castling_det.analysis.markdown_table import markdown_table, one_line
 from castling_det.analysis.record import METRICS, Report, RunRecord
 from castling_det.analysis.report.table import (
+    duration,
     failures,
     headline_cells,
     headline_columns,
+    interval_note,
     latency_note,
     machine_line,
     notes,
@@ -17,23 +21,25 @@ from castling_det.analysis.report.table import (
 __all__ = ["headline", "markdown"]
 
 
-def headline(report: Report) -> str:
+def headline(report: Report, *, brief: bool = True) -> str:
     """The table with its units and the machine, without headings: to stand in another document."""
-    table = markdown_table(headline_columns(report), [headline_cells(report, summary) for summary in summaries(report)])
+    body = [headline_cells(report, summary, brief=brief) for summary in summaries(report)]
+    table = markdown_table(headline_columns(report, brief=brief), body)
     explained = (
         "mAP in [0, 1]; ± is the sample standard deviation over seeds. GMACs are 10^9 multiply-adds of one image."
     )
-    return "\n".join([*table, "", f"{explained} {latency_note(report)}".strip(), "", machine_line(report)]) + "\n"
+    text = " ".join(filter(None, (explained, interval_note(report), latency_note(report))))
+    return "\n".join([*table, "", *textwrap.wrap(text, 128), "", machine_line(report)]) + "\n"
 
 
 def markdown(report: Report) -> str:
     """The table, failed runs, every single run, how it was made."""
     lines = [f"# {report.deployed} against {report.baseline}", "", one_line(f"Data: {report.dataset}."), ""]
-    lines += [headline(report).rstrip()]
+    lines += [headline(report, brief=False).rstrip()]
     lines += [text for note in notes(report) for text in ("", f"Note: {one_line(note)}")]
     if report.failed:
         lines += ["", "## Failed", "", *(f"- {one_line(line)}" for line in failures(report))]
-    columns = ("run", "seed", "status", *METRICS, "iterations", "checkpoint sha256")
+    columns = ("run", "seed", "status", *METRICS, "iterations", "training", "checkpoint sha256")
     lines += ["", "## Every run", "", *markdown_table(columns, [_run_cells(run) for run in report.runs])]
     commands = dict.fromkeys(command for run in report.runs for command in run.commands)
     lines += ["", "## How it was made", "", f"- `{one_line(report.created_by)}`, {report.created_at}"]
@@ -49,5 +55,6 @@ def _run_cells(run: RunRecord) -> tuple[str, ...]:
         run.status if run.ok else "FAILED",
         *("-" if value is None else f"{value:.3f}" for value in values),
         "-" if run.iterations is None else str(run.iterations),
+        "-" if run.train_seconds is None else duration(run.train_seconds),
         run.checkpoint_sha256[:12] if run.checkpoint_sha256 else "-",
     )

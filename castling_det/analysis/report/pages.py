@@ -1,4 +1,4 @@
-"""Writes a report as JSON, Markdown and one HTML page that needs no other file and no network."""
+"""Writes a report as JSON, Markdown, CSV and one HTML page that needs no other file and no network."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from castling_det.analysis.record import Report, write_report_json
 from castling_det.analysis.report import sections
 from castling_det.analysis.report.colors import as_css_variables, run_color, style_sheet
+from castling_det.analysis.report.csv_file import csv_text
 from castling_det.analysis.report.gallery import Row
 from castling_det.analysis.report.markdown import markdown
 from castling_det.analysis.report.style import CSS
@@ -17,6 +18,7 @@ from castling_det.analysis.report.table import (
     failures,
     headline_cells,
     headline_columns,
+    interval_note,
     latency_note,
     notes,
     summaries,
@@ -27,7 +29,7 @@ __all__ = ["html_page", "write_report"]
 
 
 def write_report(out_dir: Path, report: Report, pictures: Sequence[Row] = ()) -> None:
-    """Writes `report.json`, `report.md` and `index.html` into `out_dir`, each atomically.
+    """Writes `report.json`, `report.md`, `report.csv` and `index.html` into `out_dir`, each atomically.
 
     Args:
         out_dir: made if it is not there.
@@ -36,6 +38,7 @@ def write_report(out_dir: Path, report: Report, pictures: Sequence[Row] = ()) ->
     """
     write_report_json(out_dir / "report.json", report)
     write_text(out_dir / "report.md", markdown(report))
+    write_text(out_dir / "report.csv", csv_text(report))
     write_text(out_dir / "index.html", html_page(report, pictures))
 
 
@@ -51,6 +54,8 @@ def html_page(report: Report, pictures: Sequence[Row] = ()) -> str:
         *(f'<p class="soft">{escape(line)}</p>' for line in notes(report)),
         _headline(report),
         sections.costs(report),
+        sections.speed(report),
+        sections.precision(report),
         sections.curves(report),
         sections.masks(report),
         sections.pictures_of(report, pictures),
@@ -76,7 +81,10 @@ def _tiles(report: Report) -> str:
         tiles.append((ours.text(), f"mAP of {deployed.name}; {baseline.name} {theirs.text()}"))
     if deployed.difference is not None:
         seeds = f", mean over {deployed.difference.count} seeds" if deployed.difference.count > 1 else ""
-        tiles.append((f"{deployed.difference.mean:+.3f}", f"mAP of {deployed.name} minus {baseline.name}{seeds}"))
+        interval = report.difference_of(deployed.name)
+        spread = f"; {interval.confidence:.0%} {interval.low:+.3f} to {interval.high:+.3f}" if interval else ""
+        text = f"mAP of {deployed.name} minus {baseline.name}{seeds}{spread}"
+        tiles.append((f"{deployed.difference.mean:+.3f}", text))
     ours_cost, theirs_cost = deployed.first.gmacs, baseline.first.gmacs
     if ours_cost is not None and theirs_cost:
         change = ours_cost / theirs_cost - 1
@@ -97,7 +105,8 @@ def _headline(report: Report) -> str:
     note = (
         "mAP is COCO's, over IoU 0.50 to 0.95, in [0, 1]. ± is the sample standard deviation over seeds, below it the "
         "range. Differences are paired by seed. GMACs are 10<sup>9</sup> multiply-adds of one image, "
-        "counted in closed form with softmax attention included. " + escape(latency_note(report))
+        "counted in closed form with softmax attention included. "
+        + escape(" ".join(filter(None, (interval_note(report), latency_note(report)))))
     )
     return (
         f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
@@ -106,11 +115,20 @@ def _headline(report: Report) -> str:
 
 
 def _headline_row(report: Report, summary: Summary) -> str:
-    name, *cells = headline_cells(report, summary)
+    name, *cells = (_narrow(cell) for cell in headline_cells(report, summary))
     spread = summary.metrics.get("mAP")
     if spread is not None and spread.extremes:
-        cells[1] = f"{escape(cells[1])}<small>{spread.extremes}</small>"
-    color = as_css_variables(run_color(name, report.names))
-    first = f'<td><span class="dot" style="background:{color}"></span>{escape(name)}</td>'
-    css = ' class="deployed"' if name == report.deployed else ""
+        cells[1] += f"<small>{spread.extremes}</small>"
+    color = as_css_variables(run_color(summary.name, report.names))
+    first = f'<td><span class="dot" style="background:{color}"></span>{name}</td>'
+    css = ' class="deployed"' if summary.name == report.deployed else ""
     return f"<tr{css}>{first}{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+
+
+def _narrow(cell: str) -> str:
+    """The spread, or the end of an interval, below the number, so that every column finds room."""
+    for word in (" ± ", " to "):
+        first, found, second = escape(cell).partition(word)
+        if found:
+            return f"{first}<small>{word.strip()} {second}</small>"
+    return escape(cell)

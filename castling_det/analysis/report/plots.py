@@ -1,65 +1,49 @@
-"""Plots as inline SVG: no frame around the data, axes named with units, text in the page's own font and colour."""
+"""Plots of accuracy, cost and training as inline SVG; axes are named with units."""
 
 from __future__ import annotations
 
-import io
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Sequence
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from castling_det.analysis.record import Report, RunRecord, Series
-from castling_det.analysis.report.colors import FOREGROUND, as_css_variables, layer_color, run_color
+from castling_det.analysis.report.colors import FOREGROUND, layer_color, run_color
+from castling_det.analysis.report.drawing import MARKERS, finish, new_figure, svg_of
 from castling_det.analysis.report.table import summaries
 
-__all__ = ["accuracy_over_cost", "cost_by_kind", "mask_occupancy", "training_curve"]
-
-_SIZE = (5.2, 3.5)
-_MARKERS = ("o", "s", "D", "^", "v", "P")
-_STYLE: dict[Any, Any] = {
-    "font.family": "sans-serif",
-    "font.size": 10,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "castling_det",
-    "text.color": FOREGROUND,
-    "axes.labelcolor": FOREGROUND,
-    "axes.edgecolor": FOREGROUND,
-    "xtick.color": FOREGROUND,
-    "ytick.color": FOREGROUND,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.7,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": FOREGROUND,
-    "grid.alpha": 0.12,
-    "grid.linewidth": 0.7,
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-    "lines.linewidth": 1.6,
-}
-
+__all__ = ["accuracy_over_cost", "accuracy_over_latency", "cost_by_kind", "mask_occupancy", "training_curve"]
 
 def accuracy_over_cost(report: Report) -> str | None:
     """mAP over GMACs: a small mark a seed, a large one the mean; None if no run has both."""
-    with _figure() as (figure, axes):
+    return _accuracy_over(report, lambda run: run.gmacs, label=_cost_label(report), title="GMACs")
+
+
+def accuracy_over_latency(report: Report) -> str | None:
+    """The same over median latency in milliseconds."""
+    shapes = {run.latency.input_shape for run in report.runs if run.latency is not None}
+    at = " at {} x {} pixels".format(*shapes.pop()) if len(shapes) == 1 else ""
+    label = f"latency of one image{at}, p50, ms"
+    return _accuracy_over(
+        report, lambda run: run.latency.p50_ms if run.latency is not None else None, label=label, title="latency"
+    )
+
+
+def _accuracy_over(
+    report: Report, cost: Callable[[RunRecord], float | None], *, label: str, title: str
+) -> str | None:
+    with new_figure() as (figure, axes):
         drawn, costliest = 0, 0.0
         for index, summary in enumerate(summaries(report)):
             points = [
-                (run.gmacs, run.metrics["mAP"])
+                (cost(run), run.metrics["mAP"])
                 for run in summary.runs
-                if run.ok and run.gmacs is not None and run.metrics.get("mAP") is not None
+                if run.ok and cost(run) is not None and run.metrics.get("mAP") is not None
             ]
             if not points:
                 continue
             x, y = np.array(points, dtype=float).T
-            color, marker = run_color(summary.name, report.names), _MARKERS[index % len(_MARKERS)]
+            color, marker = run_color(summary.name, report.names), MARKERS[index % len(MARKERS)]
             # Runs of equal cost and accuracy lie on one another: later ones are smaller, and rings.
             size = 13 - 3 * (drawn % 3)
             axes.plot(x, y, marker, color=color, markersize=4, alpha=0.55, markeredgewidth=0)
@@ -72,8 +56,8 @@ def accuracy_over_cost(report: Report) -> str | None:
             return None
         axes.set_xlim(right=1.12 * costliest)
         axes.margins(y=0.25)
-        _finish(axes, x=_cost_label(report), y="mAP, in [0, 1]", legend=True)
-        return _svg(figure, "mAP over GMACs of every run")
+        finish(axes, x=label, y="mAP, in [0, 1]", legend=True)
+        return svg_of(figure, f"mAP over {title} of every run")
 
 
 def cost_by_kind(report: Report) -> str | None:
@@ -83,7 +67,7 @@ def cost_by_kind(report: Report) -> str | None:
         return None
     kinds = sorted({kind for run in runs for kind in run.gmacs_by_kind})
     kinds.sort(key=lambda kind: max(run.gmacs_by_kind.get(kind, 0.0) for run in runs))
-    with _figure() as (figure, axes):
+    with new_figure() as (figure, axes):
         thick = 0.38
         for index, run in enumerate(runs):
             places = [place + (0.5 - index) * thick for place in range(len(kinds))]
@@ -93,13 +77,13 @@ def cost_by_kind(report: Report) -> str | None:
         axes.set_yticks(range(len(kinds)), [kind.replace("_", " ") for kind in kinds])
         axes.grid(False, axis="y")
         axes.margins(x=0.12)
-        _finish(axes, x=_cost_label(report), y="", legend=True)
-        return _svg(figure, "GMACs by kind of operation")
+        finish(axes, x=_cost_label(report), y="", legend=True)
+        return svg_of(figure, "GMACs by kind of operation")
 
 
 def training_curve(report: Report, key: str, *, validation: bool, label: str, log: bool = False) -> str | None:
     """A scalar over training iterations, a line a seed; None if no run logged it."""
-    with _figure() as (figure, axes):
+    with new_figure() as (figure, axes):
         for names, lines in _distinct_lines(report, key, validation).items():
             for index, series in enumerate(lines):
                 axes.plot(
@@ -119,8 +103,8 @@ def training_curve(report: Report, key: str, *, validation: bool, label: str, lo
             axes.yaxis.set_minor_formatter(NullFormatter())
         else:
             axes.set_ylim(bottom=0)
-        _finish(axes, x="training iteration", y=label, legend=True)
-        return _svg(figure, f"{label} over training")
+        finish(axes, x="training iteration", y=label, legend=True)
+        return svg_of(figure, f"{label} over training")
 
 
 def mask_occupancy(run: RunRecord, quantity: str, *, label: str) -> str | None:
@@ -128,7 +112,7 @@ def mask_occupancy(run: RunRecord, quantity: str, *, label: str) -> str | None:
     layers: dict[str, Series] = getattr(run.mask, quantity)
     if not layers:
         return None
-    with _figure() as (figure, axes):
+    with new_figure() as (figure, axes):
         for index, (name, series) in enumerate(layers.items()):
             axes.plot(*_points(series), color=layer_color(index, len(layers)), label=name)
         axes.set_ylim(bottom=0)
@@ -141,8 +125,8 @@ def mask_occupancy(run: RunRecord, quantity: str, *, label: str) -> str | None:
                 f"empty from {empty}", (empty, 0.97), xycoords=("data", "axes fraction"), ha=side, va="top",
                 xytext=(-5 if side == "right" else 5, 0), textcoords="offset points",
             )  # fmt: skip
-        _finish(axes, x="training iteration", y=label, legend=True, columns=1 + (len(layers) > 6))
-        return _svg(figure, f"{label} over training, by layer")
+        finish(axes, x="training iteration", y=label, legend=True, columns=1 + (len(layers) > 6))
+        return svg_of(figure, f"{label} over training, by layer")
 
 
 def _distinct_lines(report: Report, key: str, validation: bool) -> dict[tuple[str, ...], list[Series]]:
@@ -164,37 +148,3 @@ def _points(series: Series) -> tuple[Sequence[int], Sequence[float]]:
 def _cost_label(report: Report) -> str:
     shape = next((run.input_shape for run in report.runs if run.input_shape is not None), None)
     return "GMACs of one image" + (" of {} x {} pixels".format(*shape) if shape else "")
-
-
-def _finish(axes: Axes, *, x: str, y: str, legend: bool, columns: int = 1) -> None:
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer="iteration" in x))
-    axes.set_xlim(left=0)
-    axes.tick_params(length=3, width=0.7)
-    if legend:
-        axes.legend(loc="best", ncols=columns, handlelength=1.6)
-
-
-@contextmanager
-def _figure() -> Iterator[tuple[Figure, Axes]]:
-    # A figure of its own, outside of pyplot: no global state, nothing to close, no display.
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=_SIZE, layout="constrained")
-        figure.patch.set_alpha(0)
-        axes = figure.add_subplot()
-        axes.patch.set_alpha(0)
-        yield figure, axes
-
-
-def _svg(figure: Figure, description: str) -> str:
-    """The drawing as an element of an HTML page: no XML header, no metadata, no addresses, any width."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg")
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    box = re.search(r'viewBox="([^"]+)"', text)
-    assert box is not None
-    head = f'<svg class="plot" role="img" aria-label="{description}" viewBox="{box.group(1)}">'
-    return as_css_variables(re.sub(r"^<svg[^>]*>", head, text, count=1)).strip()

@@ -6,25 +6,60 @@ from collections.abc import Sequence
 from html import escape
 
 from castling_det.analysis.record import METRICS, Report, RunRecord
-from castling_det.analysis.report import plots
+from castling_det.analysis.report import detail_plots, plots
 from castling_det.analysis.report.colors import BOXES
 from castling_det.analysis.report.gallery import Row, data_uri
 from castling_det.analysis.report.table import duration, machine_line
 
-__all__ = ["costs", "curves", "every_run", "masks", "pictures_of", "provenance"]
+__all__ = ["costs", "curves", "every_run", "masks", "pictures_of", "precision", "provenance", "speed"]
+
+_CATEGORIES = 8
+"""Categories with a plot of their own, at most."""
 
 
 def costs(report: Report) -> str:
     """What accuracy costs, and where the cost is."""
     accuracy = plots.accuracy_over_cost(report)
+    latency = plots.accuracy_over_latency(report)
     kinds = plots.cost_by_kind(report)
     return _section(
         "Accuracy and cost",
         [
             _figure("mAP over multiply-adds", accuracy, "Large mark: mean of a run's seeds. Small mark: one seed."),
+            _figure("mAP over latency", latency, "Marks as beside; latency as the table says."),
             _figure("Where the multiply-adds are", kinds, "The baseline and the deployed run, one image."),
         ],
     )
+
+
+def speed(report: Report) -> str:
+    """Latency over the size of the input, one plot a table of a benchmark."""
+    figures = []
+    for found in report.speed:
+        machine = found.machine
+        place = f"{machine.cpu}, {machine.threads} threads" if machine.device == "cpu" else machine.device
+        caption = (
+            f"{found.dtype}, batch {found.batch}, {place}; bands from p20 to p80; {found.crossover_note}. "
+            f"Made by {found.created_by}."
+        )
+        figures.append(
+            _figure(f"{found.level}, {found.passes}", detail_plots.latency_over_size(report, found), caption)
+        )
+    return _section("Latency over the size of the input", figures)
+
+
+def precision(report: Report) -> str:
+    """Precision over recall by category, those first in which the deployed runs lose most."""
+    ordered = detail_plots.categories_by_difference(report)
+    figures = [
+        _figure(category, detail_plots.precision_over_recall(report, category), "One line a seed.")
+        for category in ordered[:_CATEGORIES]
+    ]
+    text = (
+        f"At IoU 0.50; {len(figures)} of {len(ordered)} categories, those first in which {report.deployed} loses most "
+        f"against {report.baseline}. AP50 is the mean over seeds."
+    )
+    return _section("Precision and recall by category", figures, text if figures else "")
 
 
 def curves(report: Report) -> str:
@@ -73,7 +108,7 @@ def pictures_of(report: Report, pictures: Sequence[Row]) -> str:
         return _section(
             title,
             [],
-            f"No pictures: {report.baseline} and {report.deployed} have no predictions.bbox.json of one seed. "
+            f"No pictures: {report.baseline} and {report.deployed} have no predictions of one seed. "
             "Run tools/test.py with test_evaluator.outfile_prefix=TEST_DIR/predictions.",
         )
     seed = "" if comparison.seed is None else f", seed {comparison.seed}"

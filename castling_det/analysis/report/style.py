@@ -23,14 +23,14 @@ p { margin: 6px 0; max-width: 76ch; }
 .tile span { color: var(--soft); font-size: .88rem; }
 .scroll { overflow-x: auto; margin: 12px 0; }
 table { border-collapse: collapse; width: 100%; font-size: .92rem; font-variant-numeric: tabular-nums; }
-th, td { padding: 7px 9px; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th, td { padding: 7px 8px; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { color: var(--soft); font-weight: 600; vertical-align: bottom; white-space: normal; }
 th:first-child, td:first-child { text-align: left; }
 td small { display: block; color: var(--soft); }
 td.reason { text-align: left; white-space: normal; overflow-wrap: anywhere; }
 tr.deployed td { font-weight: 650; }
 .dot { display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin-right: .5em; }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(440px, 100%), 1fr)); gap: 20px 28px; }
+.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(440px, 100%), 1fr)); gap: 20px 28px; }
 figure { margin: 0; min-width: 0; }
 .plots figure b { display: block; font-size: .95rem; font-weight: 600; color: var(--text); }
 svg.plot { width: 100%; height: auto; display: block; }

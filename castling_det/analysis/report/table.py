@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from castling_det.analysis.record import Report, RunRecord, unique
+from castling_det.analysis.record import Latency, Report, RunRecord, unique
 
 __all__ = [
     "Spread",
@@ -15,6 +15,7 @@ __all__ = [
     "failures",
     "headline_cells",
     "headline_columns",
+    "interval_note",
     "latency_note",
     "machine_line",
     "notes",
@@ -76,35 +77,101 @@ def summaries(report: Report) -> tuple[Summary, ...]:
     return tuple(result)
 
 
-def headline_columns(report: Report) -> tuple[str, ...]:
-    """Titles of the table, units in them. Latency only where a run has one."""
-    shape = next((run.input_shape for run in report.runs if run.input_shape is not None), None)
-    at = " at {}x{}".format(*shape) if shape else ""
-    columns = ["run", "seeds", "mAP", f"mAP - {report.baseline}", "mAP50", "mAP75", "params (M)", f"GMACs{at}"]
-    if any(run.latency is not None for run in report.runs):
-        columns.append("latency p50 (ms)")
-    return tuple(columns)
+def headline_columns(report: Report, *, brief: bool = False) -> tuple[str, ...]:
+    """Titles of the table, units in them; a column is there where a run has its figure. `brief` leaves out details."""
+    return tuple(column.title for column in _columns(report, brief))
 
 
-def headline_cells(report: Report, summary: Summary) -> tuple[str, ...]:
+def headline_cells(report: Report, summary: Summary, *, brief: bool = False) -> tuple[str, ...]:
     """The cells of one row, in the order of `headline_columns`; a dash where there is no number."""
-    run = summary.first
-    metric = {name: spread.text() for name, spread in summary.metrics.items()}
-    difference = summary.difference.text(sign="+") if summary.difference is not None else "-"
-    failed = summary.seeds < len(summary.runs)
-    cells = [
-        summary.name,
-        f"{summary.seeds} (FAILED: {len(summary.runs) - summary.seeds})" if failed else str(summary.seeds),
-        metric.get("mAP", "-"),
-        "baseline" if summary.name == report.baseline else difference,
-        metric.get("mAP50", "-"),
-        metric.get("mAP75", "-"),
-        f"{run.params / 1e6:.2f}" if run.params is not None else "-",
-        f"{run.gmacs:.3f}" if run.gmacs is not None else "-",
+    return tuple(column.cell(summary) for column in _columns(report, brief))
+
+
+def _columns(report: Report, brief: bool) -> list[_Column]:
+    shape = next((run.input_shape for run in report.runs if run.input_shape is not None), None)
+    columns = [
+        _Column("run", lambda summary: summary.name),
+        _Column("seeds", _seeds_cell),
+        _metric_column("mAP"),
+        _Column(f"mAP - {report.baseline}", lambda summary: _difference_cell(report, summary)),
     ]
-    if any(other.latency is not None for other in report.runs):
-        cells.append(f"{run.latency.p50_ms:.1f}" if run.latency is not None else "-")
-    return tuple(cells)
+    if report.differences:
+        title = f"{report.differences[0].confidence:.0%} interval"
+        columns.append(_Column(title, lambda summary: _interval_cell(report, summary)))
+    columns += [_metric_column(name) for name in ("mAP50", "mAP75")]
+    sizes = () if brief else ("mAP_s", "mAP_m", "mAP_l")
+    columns += [_metric_column(name) for name in sizes if any(run.metrics.get(name) is not None for run in report.runs)]
+    columns += [
+        _first_column("params (M)", lambda run: run.params and run.params / 1e6, ".2f"),
+        _first_column("GMACs" + (" at {}x{}".format(*shape) if shape else ""), lambda run: run.gmacs, ".3f"),
+    ]
+    measured = [run.latency for run in report.runs if run.latency is not None]
+    if measured:
+        columns.append(_latency_column("latency p50 (ms)", lambda latency: latency.p50_ms, ".1f"))
+    if not brief and any(latency.peak_mib is not None for latency in measured):
+        columns.append(_latency_column("peak memory (MiB)", lambda latency: latency.peak_mib, ".1f"))
+    if not brief and any(run.train_seconds is not None for run in report.runs):
+        columns.append(_Column("training", _training_cell))
+    return columns
+
+
+@dataclass(frozen=True)
+class _Column:
+    title: str
+    cell: Callable[[Summary], str]
+
+
+def _metric_column(name: str) -> _Column:
+    return _Column(name, lambda summary: summary.metrics[name].text() if name in summary.metrics else "-")
+
+
+def _first_column(title: str, value: Callable[[RunRecord], float | None], form: str) -> _Column:
+    """Of what does not depend on the seed."""
+
+    def cell(summary: Summary) -> str:
+        found = value(summary.first)
+        return "-" if found is None else format(found, form)
+
+    return _Column(title, cell)
+
+
+def _latency_column(title: str, value: Callable[[Latency], float | None], form: str) -> _Column:
+    return _first_column(title, lambda run: value(run.latency) if run.latency is not None else None, form)
+
+
+def _seeds_cell(summary: Summary) -> str:
+    failed = len(summary.runs) - summary.seeds
+    return f"{summary.seeds} (FAILED: {failed})" if failed else str(summary.seeds)
+
+
+def _difference_cell(report: Report, summary: Summary) -> str:
+    if summary.name == report.baseline:
+        return "baseline"
+    return summary.difference.text(sign="+") if summary.difference is not None else "-"
+
+
+def _interval_cell(report: Report, summary: Summary) -> str:
+    found = report.difference_of(summary.name)
+    return f"{found.low:+.3f} to {found.high:+.3f}" if found is not None else "-"
+
+
+def _training_cell(summary: Summary) -> str:
+    seconds = [run.train_seconds for run in summary.runs if run.ok and run.train_seconds is not None]
+    return duration(statistics.mean(seconds)) if seconds else "-"
+
+
+def interval_note(report: Report) -> str:
+    """What the intervals are; empty without any."""
+    if not report.differences:
+        return ""
+    first = report.differences[0]
+    pairs = sorted({difference.pairs for difference in report.differences})
+    mean = f", mean over {' or '.join(map(str, pairs))} seeds" if pairs != [1] else ""
+    return (
+        f"The {first.confidence:.0%} interval of the difference is a bootstrap over the {first.images} test images: "
+        f"{first.resamples} draws with replacement (seed {first.bootstrap_seed}), both detectors on the same "
+        f"draws{mean}. It covers the choice of images, not that of training seeds."
+    )
 
 
 def failures(report: Report) -> list[str]:
@@ -127,12 +194,16 @@ def notes(report: Report) -> list[str]:
 
 def latency_note(report: Report) -> str:
     """How the latencies were measured; empty without any."""
-    kinds = unique(
-        "{}x{} pixels, {} threads, {}".format(*run.latency.input_shape, run.latency.threads, run.latency.device)
-        for run in report.runs
-        if run.latency is not None
-    )
-    return f"Latency is that of one image: {'; '.join(kinds)}." if kinds else ""
+    measured = [run.latency for run in report.runs if run.latency is not None]
+    kinds = unique("{}x{} pixels, {} threads, {}".format(*m.input_shape, m.threads, m.device) for m in measured)
+    if not kinds:
+        return ""
+    sources = unique(latency.source for latency in measured if latency.source is not None)
+    bare = any("variant softmax," in source for source in sources)
+    lines = [f"Latency is that of one image: {'; '.join(kinds)}."]
+    lines += [f"From {'; '.join(sources)}."] if sources else []
+    lines += ["Benchmarks time softmax without the local convolution that our softmax runs have."] if bare else []
+    return " ".join(lines)
 
 
 def machine_line(report: Report) -> str:
