@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo study benchmarks test lint docs setup data clean
+.PHONY: demo study uptrain benchmarks test lint docs setup data clean
 
 demo: $(READY) data
 	$(BIN)/python tools/demo.py
@@ -12,6 +12,10 @@ demo: $(READY) data
 # The demo over three seeds: the table of the README.
 study: $(READY) data
 	$(BIN)/python tools/demo.py --work-dir work_dirs/study --seeds 0 1 2
+
+# The study's softmax detectors become linear ones in a quarter of their iterations.
+uptrain: study
+	$(BIN)/python tools/uptrain.py
 
 # The records of docs/attention.md: about half an hour on two idle cores, and nothing else may run beside it.
 BENCHMARK := $(BIN)/python tools/benchmark.py --threads 2
