@@ -33,6 +33,7 @@ from castling_det.analysis.report import (
     build_report,
     comparison_pictures,
     markdown,
+    read_attention,
     read_latency,
     strip,
     write_report,
@@ -58,6 +59,8 @@ def main() -> int:
     parser.add_argument("--dataset", metavar="TEXT", help="what the report calls the data (default: file and counts)")
     parser.add_argument("--score", type=float, default=0.3, help="score from which on a box counts in the pictures")
     parser.add_argument("--pictures", type=int, default=8, metavar="N", help="images in the gallery")
+    text = "a PNG of tools/attention.py, or a folder of them"
+    parser.add_argument("--attention", type=Path, metavar="DIR-OR-PNG", help=text)
     parser.add_argument("--strip", type=Path, metavar="FILE.png", help="the gallery's first row as a picture too")
     arguments = parser.parse_args()
     try:
@@ -77,10 +80,11 @@ def main() -> int:
             bootstrap_seed=arguments.bootstrap_seed,
         )
         pictures = comparison_pictures(report, specs, annotations, arguments.images, count=arguments.pictures)
+        attention = read_attention(arguments.attention) if arguments.attention else ()
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    write_report(arguments.out, report, pictures)
+    write_report(arguments.out, report, pictures, attention)
     if arguments.strip and pictures:
         titles = ("ground truth", f"{report.baseline} (baseline)", f"{report.deployed} (linear attention only)")
         with atomic_write(arguments.strip) as temporary:

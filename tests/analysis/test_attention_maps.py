@@ -224,6 +224,9 @@ def test_every_backbone_is_captured_as_it_runs(family, tmp_path):
         torch.testing.assert_close(captured.inputs.v, layer.head_inputs(x, hw).v)
         cells = captured.inputs.query_hw[0] * captured.inputs.query_stride * captured.stride
         assert captured.shape == (64, 96) and cells == 64, name
+        cell = 64 // captured.inputs.query_hw[0]
+        # (59, 29) of 90 x 60 pixels lies at x = 62.9, y = 30.9 of 96 x 64.
+        assert query_at(captured, (59, 29)) == (30 // cell, 62 // cell), name
     picture = attention_picture(captured, [(5, 55), (89, 0)], thresholds=[1.0, 0.01])
     assert picture.image.width > picture.image.height > 100
     assert "(89, 0) is row 0" in picture.caption and names[-1] in picture.caption

@@ -1,5 +1,6 @@
 """Builds the comparison of a set of runs from their work dirs, and renders it. Nothing is measured here."""
 
+from castling_det.analysis.report.attention import read_attention
 from castling_det.analysis.report.build import build_report, comparison_pictures, read_latency
 from castling_det.analysis.report.compare import Annotations
 from castling_det.analysis.report.gallery import strip
@@ -17,6 +18,7 @@ __all__ = [
     "headline",
     "html_page",
     "markdown",
+    "read_attention",
     "read_latency",
     "strip",
     "write_report",

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+from castling_det.analysis.attention_maps import AttentionPicture
 from castling_det.analysis.record import Report, write_report_json
 from castling_det.analysis.report import sections
+from castling_det.analysis.report.attention import attention_section
 from castling_det.analysis.report.colors import as_css_variables, run_color, style_sheet
 from castling_det.analysis.report.csv_file import csv_text
 from castling_det.analysis.report.gallery import Row
@@ -28,21 +30,26 @@ from castling_det.files import write_text
 __all__ = ["html_page", "write_report"]
 
 
-def write_report(out_dir: Path, report: Report, pictures: Sequence[Row] = ()) -> None:
+def write_report(
+    out_dir: Path, report: Report, pictures: Sequence[Row] = (), attention: Sequence[AttentionPicture] = ()
+) -> None:
     """Writes `report.json`, `report.md`, `report.csv` and `index.html` into `out_dir`, each atomically.
 
     Args:
         out_dir: made if it is not there.
         report: the record.
         pictures: the gallery of the report's comparison.
+        attention: pictures of tools/attention.py.
     """
     write_report_json(out_dir / "report.json", report)
     write_text(out_dir / "report.md", markdown(report))
     write_text(out_dir / "report.csv", csv_text(report))
-    write_text(out_dir / "index.html", html_page(report, pictures))
+    write_text(out_dir / "index.html", html_page(report, pictures, attention))
 
 
-def html_page(report: Report, pictures: Sequence[Row] = ()) -> str:
+def html_page(
+    report: Report, pictures: Sequence[Row] = (), attention: Sequence[AttentionPicture] = ()
+) -> str:
     """The page, whole."""
     title = f"{report.deployed} against {report.baseline}"
     css = CSS.replace("LIGHT", style_sheet(dark=False)).replace("DARK", style_sheet(dark=True))
@@ -59,6 +66,7 @@ def html_page(report: Report, pictures: Sequence[Row] = ()) -> str:
         sections.curves(report),
         sections.masks(report),
         sections.pictures_of(report, pictures),
+        attention_section(attention),
         sections.every_run(report),
         sections.provenance(report),
     ]
