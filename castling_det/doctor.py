@@ -23,7 +23,7 @@ from castling_det.compat.host import (
     installed_distributions,
     release,
 )
-from castling_det.startup import STAND_IN_ORIGIN
+from castling_det.startup import ROLES, STAND_IN_ORIGIN
 
 __all__ = ["Finding", "examine", "run_doctor"]
 
@@ -173,7 +173,7 @@ def _startup(name: str) -> Finding:
     child = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tempfile.gettempdir()
     )
-    if child.stdout.split()[-1:] == ["2"]:
+    if child.stdout.split()[-1:] == [str(len(ROLES))]:
         return Finding(name, "ok", "castling_det.pth is active, MMDetection's own tools see this package")
     return Finding(
         name,

@@ -1,4 +1,4 @@
-"""Two import hooks, so that MMDetection's own tools find this package without an edited file.
+"""Three import hooks, so that MMDetection's own tools find this package without an edited file.
 
 `tools/train.py` parses its config before it imports anything of ours, and without compiled operators
 `import mmdet.models` fails; so the hooks are installed when the interpreter starts, by `castling_det.pth`
@@ -11,25 +11,33 @@ import sys
 
 TYPE_CHECKING = False  # importing typing would cost every start of the interpreter 8 ms
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from importlib.machinery import ModuleSpec
     from types import ModuleType
     from typing import Any
 
-__all__ = ["at_interpreter_start", "install", "is_installed"]
+__all__ = ["ROLES", "at_interpreter_start", "install", "is_installed"]
+
+ROLES = ("config look-up", "ranks without a GPU", "operator fallback")
+"""What the hooks are for, one each."""
 
 CONFIG_MODULE = "mmengine.config.utils"
+LAUNCHER_MODULE = "mmengine.dist.utils"
 OPERATORS_MODULE = "mmcv._ext"
 STAND_IN_ORIGIN = "castling_det.compat"
 
 
 def install() -> None:
-    """Installs both hooks, each at most once."""
-    config_utils = sys.modules.get(CONFIG_MODULE)
-    if config_utils is not None:
-        _register_configs(config_utils)
-    elif not is_installed(ConfigLookup.role):
-        sys.meta_path.insert(0, ConfigLookup())
+    """Installs the hooks, each at most once."""
+    for role, name, action in (
+        (ROLES[0], CONFIG_MODULE, _register_configs),
+        (ROLES[1], LAUNCHER_MODULE, _allow_ranks_without_gpu),
+    ):
+        loaded = sys.modules.get(name)
+        if loaded is not None:
+            action(loaded)
+        elif not is_installed(role):
+            sys.meta_path.insert(0, AfterLoading(role, name, action))
     if not is_installed(OperatorFallback.role):
         # Last: it is asked only for what no other finder has, so compiled operators always win.
         sys.meta_path.append(OperatorFallback())
@@ -59,27 +67,36 @@ def _register_configs(config_utils: ModuleType) -> None:
     config_utils.MODULE2PACKAGE.setdefault("castling_det", "castling_det")
 
 
-class ConfigLookup:
-    """Finder that registers the package as soon as mmengine's config module is loaded, then leaves."""
+def _allow_ranks_without_gpu(dist_utils: ModuleType) -> None:
+    from castling_det.compat.launcher import allow_ranks_without_gpu
 
-    role = castling_det_role = "config look-up"
+    allow_ranks_without_gpu(dist_utils)
+
+
+class AfterLoading:
+    """Finder that has `action` called with the module `name` as soon as that is loaded, then leaves."""
+
+    def __init__(self, role: str, name: str, action: Callable[[ModuleType], None]) -> None:
+        self.castling_det_role = role
+        self.name = name
+        self.action = action
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name != CONFIG_MODULE:
+        if name != self.name:
             return None
         for finder in sys.meta_path:
             find_spec = None if finder is self else getattr(finder, "find_spec", None)
             spec: ModuleSpec | None = find_spec(name, path, target) if find_spec else None
             if spec is not None:
-                spec.loader = _RegisterAfterLoading(spec.loader, self)  # type: ignore[assignment]  # duck-typed loader
+                spec.loader = _Loader(spec.loader, self)  # type: ignore[assignment]  # duck-typed loader
                 return spec
         return None
 
 
-class _RegisterAfterLoading:
-    def __init__(self, loader: Any, finder: ConfigLookup) -> None:
+class _Loader:
+    def __init__(self, loader: Any, finder: AfterLoading) -> None:
         self._loader = loader
         self._finder = finder
 
@@ -93,7 +110,7 @@ class _RegisterAfterLoading:
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader
         self._loader.exec_module(module)
-        _register_configs(module)
+        self._finder.action(module)
         if self._finder in sys.meta_path:
             sys.meta_path.remove(self._finder)
 
@@ -101,7 +118,7 @@ class _RegisterAfterLoading:
 class OperatorFallback:
     """Finder and loader of the stand-in for `mmcv._ext`."""
 
-    role = castling_det_role = "operator fallback"
+    role = castling_det_role = ROLES[2]
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
