@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
+from mmengine.dist import all_reduce
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
-from torch import nn
+from torch import Tensor, nn
 
 from castling_det.engine.schedules import SCHEDULES, MaskState, mask_state
 from castling_det.layers import MaskedAttention
@@ -28,7 +30,8 @@ class MaskAnnealingHook(Hook):
     exact.
 
     Scalars, in every visualizer backend: `mask/threshold`, `mask/aux_scale` and, for each layer,
-    `mask/kept_fraction/LAYER` and `mask/kept_mass/LAYER`. Checkpoints: `meta["castling_det"]["mask"]`.
+    `mask/kept_fraction/LAYER` and `mask/kept_mass/LAYER`. Checkpoints: `meta["castling_det"]["mask"]`. In distributed
+    training what was kept is the mean over the ranks, whose batches count alike.
 
     Args:
         schedule: `"constant"` (cut off at `empty_from`), `"linear"`, `"cosine"` or `"geometric"` in the threshold.
@@ -83,6 +86,7 @@ class MaskAnnealingHook(Hook):
         self.interval = interval
         self._layers: dict[str, MaskedAttention] = {}
         self._state = MaskState(math.nan, math.nan)
+        self._kept: dict[str, Tensor] = {}
 
     def before_train(self, runner: Runner) -> None:
         """Finds the layers and checks the settings against them and against the length of the run."""
@@ -128,6 +132,8 @@ class MaskAnnealingHook(Hook):
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict[str, Any] | None = None
     ) -> None:
         """Sends the mask's state and occupancy to the visualizer backends."""
+        # Every iteration, as all ranks must: a checkpoint, which the first rank writes alone, may follow.
+        self._kept = self._mean_over_ranks()
         if not self.every_n_train_iters(runner, self.interval):
             return
         scalars = {"mask/threshold": self._state.threshold, "mask/aux_scale": self._state.aux_scale}
@@ -150,11 +156,18 @@ class MaskAnnealingHook(Hook):
             "layers": self._occupancy(),
         }
 
+    def _mean_over_ranks(self) -> dict[str, Tensor]:
+        """Kept fraction and kept mass of the last iteration, (2,), by layer."""
+        stats = {name: layer.mask_stats for name, layer in self._layers.items() if layer.mask_stats is not None}
+        if not stats:
+            return {}
+        kept = torch.stack([torch.stack([layer.kept_fraction.float(), layer.kept_mass]) for layer in stats.values()])
+        all_reduce(kept, op="mean")
+        return dict(zip(stats, kept, strict=True))
+
     def _occupancy(self) -> dict[str, dict[str, float]]:
         return {
-            name: {"kept_fraction": float(stats.kept_fraction), "kept_mass": float(stats.kept_mass)}
-            for name, layer in self._layers.items()
-            if (stats := layer.mask_stats) is not None
+            name: {"kept_fraction": float(kept[0]), "kept_mass": float(kept[1])} for name, kept in self._kept.items()
         }
 
     def _empty_threshold(self) -> float:
