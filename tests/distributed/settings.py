@@ -1,8 +1,8 @@
 """The smallest detector and data on which distributed training can be compared with one process.
 
 Equal in theory, up to the order of additions: no BatchNorm (its statistics are of a rank's own batch), no dropout, and
-losses whose normalisers are reduced over the ranks. GFL's are, but its box losses divide by at least 1, so the scores at
-the positive locations must sum to more than that on every rank. The pipeline draws nothing at random.
+losses whose normalisers are reduced over the ranks. GFL's are, but its box losses divide by at least 1, so the scores
+at the positive locations must sum to more than that on every rank. The pipeline draws nothing at random.
 """
 
 from __future__ import annotations
