@@ -1,4 +1,4 @@
-"""What the built pages need beyond Markdown: equations as MathML, and links to files that are no pages."""
+"""What the built pages need beyond Markdown: equations as MathML, a place for every page, links to other files."""
 
 from __future__ import annotations
 
@@ -15,9 +15,16 @@ _OUTSIDE = re.compile(r"(?<!!)\[([^\]]+)\]\((\.\./[^)#\s]+)(?:#[^)\s]*)?\)")
 
 
 def on_config(config: Any) -> Any:
-    """Lets ```math blocks, which GitHub renders too, become MathML: browsers draw it without a script."""
+    """Lets ```math blocks, which GitHub renders too, become MathML, and puts pages that `nav` lacks at its end.
+
+    Browsers draw MathML without a script.
+    """
     fence = {"name": "math", "class": "math", "format": _equation}
     config["mdx_configs"].setdefault("pymdownx.superfences", {}).setdefault("custom_fences", []).append(fence)
+    if config["nav"]:
+        listed = set(re.findall(r"[\w/-]+\.md", str(config["nav"])))
+        missing = sorted(path.name for path in Path(config["docs_dir"]).glob("*.md") if path.name not in listed)
+        config["nav"] += [{"More": missing}] if missing else []
     return config
 
 

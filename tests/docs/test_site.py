@@ -62,6 +62,11 @@ def test_every_page_is_built(pages):
     assert {path.stem for path in pages} == sources
 
 
+def test_every_page_is_in_the_navigation(site, pages):
+    links = set(re.findall(r'<a href="([\w-]+)\.html" class="md-nav__link', (site / "index.html").read_text("utf-8")))
+    assert links | {"index"} == {path.stem for path in pages}
+
+
 def test_nothing_is_fetched_from_elsewhere(site, pages):
     for path, page in pages.items():
         for address in page.loaded:
