@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -147,7 +148,7 @@ def main() -> int:
     parser.add_argument("--python", default=sys.executable, help="interpreter of the environment (default: this one)")
     parser.add_argument("--record", type=Path, help="write versions and counts to this JSON file")
     parser.add_argument("--install-only", action="store_true", help="stop before the tests")
-    parser.add_argument("pytest", nargs="*", help="arguments of pytest, after --; default: the whole suite")
+    parser.add_argument("--pytest", default="", help="""arguments of pytest, such as --pytest="-m 'not slow'" """)
     args = parser.parse_args()
     stack, environment = STACKS[args.stack], ROOT / f".venv-{args.stack}"
     install(stack, environment, python=args.python)
@@ -156,7 +157,7 @@ def main() -> int:
         return 0
     tested = commit()
     began = time.monotonic()
-    code, junit = run_suite(environment, args.pytest)
+    code, junit = run_suite(environment, shlex.split(args.pytest))
     if args.record and junit.is_file():
         record = {
             "stack": args.stack,
@@ -165,7 +166,7 @@ def main() -> int:
             **counts(junit),
             "seconds": round(time.monotonic() - began),
             "commit": tested,
-            "command": f"make test-stack STACK={args.stack}",
+            "command": f"make test-stack STACK={args.stack}" + (f" PYTEST=\"{args.pytest}\"" if args.pytest else ""),
         }
         args.record.parent.mkdir(parents=True, exist_ok=True)
         args.record.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
