@@ -11,12 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from castling_det.conversion.limits import check_archive, check_content
+from castling_det.conversion.numpy_pickles import NUMPY_GLOBALS
 from castling_det.conversion.weights import STATE_DICT_KEYS
 
 __all__ = ["load_checkpoint"]
@@ -50,29 +50,13 @@ def _statistic_name(owner: object, name: str) -> str:
     return name
 
 
-def _empty_array(subtype: type[np.ndarray[Any, Any]], shape: object, code: object) -> np.ndarray[Any, Any]:
-    # A pickled array is made empty and filled after that; numpy's own function makes it of any size.
-    if subtype is not np.ndarray or shape != (0,):
-        raise pickle.UnpicklingError(f"an array that starts with the shape {shape!r:.40}; expected (0,)")
-    return np.empty(0, dtype=np.int8)
-
-
 def _allowed_globals() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
     """All that an mmengine Runner checkpoint holds beyond what torch allows by itself."""
-    scalar: Any = np.float64(0).__reduce__()[0]
-    allowed: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+    return [
         (_ScalarHistory, "mmengine.logging.history_buffer.HistoryBuffer"),
         (_statistic_name, "builtins.getattr"),
-        (np.ndarray, "numpy.ndarray"),
-        (np.dtype, "numpy.dtype"),
+        *NUMPY_GLOBALS,
     ]
-    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):  # numpy 1 and 2 write different names
-        allowed += [(_empty_array, f"{module}._reconstruct"), (scalar, f"{module}.scalar")]
-    # Objects of these are built, never named. Number types only: arrays of objects stay out.
-    for code in "?bBhHiIlLqQefd":
-        dtype_class = type(np.dtype(code))
-        allowed.append((dtype_class, f"numpy.dtypes.{dtype_class.__name__}"))
-    return allowed
 
 
 @contextmanager
@@ -147,11 +131,14 @@ def _load_safetensors(path: Path) -> dict[str, Any]:
 
 def _check_archive(path: Path) -> None:
     try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-            check_archive(archive, path)
-    except zipfile.BadZipFile as error:
+        archive = zipfile.ZipFile(path)
+    except OSError:
+        raise
+    except Exception as error:  # a damaged directory fails in many ways
         raise ValueError(f"checkpoint {path}: truncated or damaged ({error}); {_AGAIN}") from error
+    with archive:
+        names = archive.namelist()
+        check_archive(archive, path)
     if not any(name.endswith("/data.pkl") for name in names):
         raise ValueError(f"checkpoint {path}: not a checkpoint but another zip archive (no data.pkl in it)")
     if any(name.endswith("/constants.pkl") for name in names):

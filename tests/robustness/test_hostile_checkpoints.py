@@ -83,6 +83,23 @@ def _deep_pickle(depth: int) -> bytes:
     return rezipped(saved({}), {"data.pkl": b"\x80\x02" + b"]" * depth + b"a" * (depth - 1) + b"."})
 
 
+class _Array:
+    """An array with any state."""
+
+    def __init__(self, state: tuple[Any, ...]) -> None:
+        self.state = state
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return np.zeros(1).__reduce__()[0], (np.ndarray, (0,), b"b"), self.state
+
+
+class _NumberType(_Array):
+    """A dtype with any state."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return np.dtype, ("f8", False, True), self.state
+
+
 HEADER = {"w": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}
 
 # What it is: how the file is made, what the refusal says.
@@ -117,7 +134,23 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "an array of a terabyte": (
         _write(with_pickle({"w": Calls(np.zeros(1).__reduce__()[0], np.ndarray, (10**12,), b"b")})),
-        "not a checkpoint|does not read safely",
+        r"a numpy array that starts with the shape \(1000000000000,\)",
+    ),
+    "an array with a shape that its bytes do not fill": (
+        _write(with_pickle({"w": _Array((1, (10**6, 10**6), np.dtype("f8"), False, b"1234"))})),
+        r"a numpy array of shape \(1000000, 1000000\) in 4 bytes",
+    ),
+    "an array of objects": (
+        _write(with_pickle({"w": _Array((1, (2,), np.dtype("O"), False, [1, 2]))})),
+        "a numpy dtype 'O8'",
+    ),
+    "a number type with the state of a record": (
+        _write(with_pickle({"w": _NumberType((3, "x", None, ("a", "b"), None, -1, -1, 0))})),
+        "a numpy dtype in the byte order 'x'",
+    ),
+    "a number of another type's bytes": (
+        _write(with_pickle({"w": Calls(np.float64(0).__reduce__()[0], np.dtype("f8"), b"12")})),
+        "a numpy number whose bytes",
     ),
     "10,000 lists in one another": (_write(_deep_pickle(10_000)), "100 deep|holds a list|truncated or damaged"),
     "a dict of lists 200 deep": (_write(with_pickle({"meta": _nested(200)})), r"entry 'meta\.0.* 100 deep"),
@@ -180,6 +213,16 @@ def test_controls_are_read(tmp_path: Path) -> None:
         torch.testing.assert_close(load_checkpoint(path), WEIGHTS)
     path.write_bytes(with_pickle({"meta": _nested(50), "more": _laughs(10)}))
     assert load_checkpoint(path)["meta"] == _nested(50)
+    arrays = {
+        "c": np.arange(6.0).reshape(2, 3),
+        "f": np.asfortranarray(np.arange(6, dtype=">i2").reshape(2, 3)),
+        "e": np.zeros((0, 3), dtype=bool),
+        "s": np.float32(0.1),
+    }
+    path.write_bytes(with_pickle(arrays))
+    for name, found in load_checkpoint(path).items():
+        assert found.dtype == arrays[name].dtype.newbyteorder("=")  # as numpy itself unpickles it
+        np.testing.assert_array_equal(found, arrays[name])
     path.write_bytes(safetensors_bytes(HEADER, bytes(16)))
     torch.testing.assert_close(load_checkpoint(path), {"w": torch.zeros(4)})
     shared = torch.zeros(3).expand(4, 3)
