@@ -39,6 +39,12 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="convert although the softmax branch is not known to be empty, and report the drift",
     )
     parser.add_argument(
+        "--fuse",
+        action="store_true",
+        help="fold BatchNorm and layer scale into the layers before them, and write the config that OUT then loads "
+        "into beside it (OUT with the suffix .py)",
+    )
+    parser.add_argument(
         "--probe-images",
         nargs="+",
         default=[],
@@ -70,12 +76,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     try:
         if args.from_softmax:
-            if args.allow_nonempty_mask:
-                raise ValueError("--allow-nonempty-mask: has no meaning with --from-softmax; leave it out")
+            for option in ("allow_nonempty_mask", "fuse"):
+                if getattr(args, option):
+                    raise ValueError(f"--{option.replace('_', '-')}: has no meaning with --from-softmax; leave it out")
             summary = start_from_softmax(args.config, args.source, args.out, **options).summary()
         else:
-            allow = args.allow_nonempty_mask
-            summary = convert(args.config, args.source, args.out, allow_nonempty_mask=allow, **options).summary()
+            choices = dict(allow_nonempty_mask=args.allow_nonempty_mask, fuse=args.fuse)
+            summary = convert(args.config, args.source, args.out, **choices, **options).summary()
     except ValueError as error:
         print(f"convert: {error}", file=sys.stderr)
         return 1

@@ -20,6 +20,7 @@ from castling_det.conversion.detectors import (
     trained_attention,
     with_attention,
 )
+from castling_det.conversion.fusion import fused_config, fused_twin
 from castling_det.conversion.macs import macs_before_and_after
 from castling_det.conversion.manifest import FileRecord, Macs, Manifest
 from castling_det.conversion.mask_proof import limits, nonempty_message, prove, set_mask
@@ -37,6 +38,7 @@ def convert(
     out: str | os.PathLike[str],
     *,
     allow_nonempty_mask: bool = False,
+    fuse: bool = False,
     weights: str = "auto",
     probe_images: Sequence[str | os.PathLike[str]] = (),
     num_probes: int = 4,
@@ -50,6 +52,8 @@ def convert(
         source: Runner checkpoint of the hybrid.
         out: file to write; its meta says that it is converted, and `meta["cfg"]` is the deploy config.
         allow_nonempty_mask: convert although the softmax branch still contributes, or may do so.
+        fuse: fold BatchNorm and layer scale into the layers before them. The config that this loads into, with
+            `castling_det.FusedDetector`, is written beside `out` with the suffix `.py`.
         weights: `"auto"` (the average where EMAHook left one), `"ema"` or `"online"`.
         probe_images: real images, files or folders, to measure on; without any, noise is generated.
         num_probes: most images to measure on.
@@ -76,7 +80,8 @@ def convert(
     state = set_mask(hybrid, meta, source)
     shape, shape_note = probe_shape(trained, shape)
     files = files_to_probe(probe_images, num_probes) if probe_images else ()
-    measured = measure(hybrid_config, Probes(files, num_probes, shape), hybrid, linear)
+    probes = Probes(files, num_probes, shape)
+    measured = measure(hybrid_config, probes, hybrid, linear)
     mask = prove(hybrid, state, measured)
     notes = [*shape_note, *limits(mask)]
     if mask.empty_by is None:
@@ -86,16 +91,21 @@ def convert(
         notes.append(f"converted with --allow-nonempty-mask: {problem}")
     macs, macs_note = _macs(trained, shape)
     notes += macs_note
+    deployed, deploy_config, fusion = linear, linear_config, None
+    if fuse:
+        deployed, fusion = fused_twin(linear, probes.batches(linear_config, linear))
+        deploy_config = fused_config(linear_config)
     digest = sha256_of(source)
     created = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     content = serialised(
-        linear,
-        linear_config,
+        deployed,
+        deploy_config,
         meta,
         {
             "source_sha256": digest,
             "weights": picked.kind,
             "mask_empty_by": mask.empty_by,
+            "fused": fuse,
             "castling_det": __version__,
             "created": created,
         },
@@ -104,7 +114,7 @@ def convert(
         source=FileRecord(str(source), digest, source.stat().st_size),
         output=FileRecord(str(out), hashlib.sha256(content).hexdigest(), len(content)),
         config=str(trained.filename),
-        weights=weights_record(checkpoint, picked, linear),
+        weights=weights_record(checkpoint, picked, deployed),
         mask=mask,
         probes=measured.probes,
         drift=measured.drift,
@@ -113,8 +123,9 @@ def convert(
         created=created,
         command=command,
         notes=tuple(notes),
+        fusion=fusion,
     )
-    write_with_record(out, content, manifest.to_json())
+    write_with_record(out, content, manifest.to_json(), config=deploy_config.pretty_text if fuse else None)
     return manifest
 
 

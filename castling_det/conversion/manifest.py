@@ -10,6 +10,7 @@ from typing import Any
 __all__ = [
     "FeatureDrift",
     "FileRecord",
+    "FusionRecord",
     "LayerMask",
     "Macs",
     "Manifest",
@@ -112,6 +113,27 @@ class Macs:
 
 
 @dataclass(frozen=True)
+class FusionRecord:
+    """What was folded into the layers before it, and what that changed."""
+
+    folded: dict[str, int]
+    """Number of norms and scales, by kind."""
+    drift: dict[str, FeatureDrift]
+    """Rounding: difference of each map of backbone, neck and head, over the probe images."""
+    shape: tuple[int, int]
+    """Height and width in pixels of the image that was timed."""
+    threads: int
+    before_ms: float
+    """Median milliseconds of backbone, neck and head, one image on this machine's CPU."""
+    after_ms: float
+
+    @property
+    def max_abs_drift(self) -> float:
+        """Largest absolute difference of any map."""
+        return max(drift.max_abs for drift in self.drift.values())
+
+
+@dataclass(frozen=True)
 class Manifest:
     """All that is known of one conversion."""
 
@@ -130,6 +152,8 @@ class Manifest:
     """UTC, ISO 8601."""
     command: str
     notes: tuple[str, ...]
+    fusion: FusionRecord | None = None
+    """None where the checkpoint keeps its norms."""
     format: int = FORMAT
 
     @property
@@ -165,6 +189,12 @@ class Manifest:
             before, after = self.macs.before / 1e9, self.macs.after / 1e9
             cost = f"{before:.3f} G with the softmax branch, {after:.3f} G without"
             rows[f"MACs at {height} x {width}"] = cost
+        if self.fusion is not None:
+            fusion = self.fusion
+            height, width = fusion.shape
+            rows["fused"] = ", ".join(f"{count} {kind}" for kind, count in fusion.folded.items())
+            rows["fused drift"] = f"{fusion.max_abs_drift:.3g}, by rounding"
+            rows[f"ms at {height} x {width}"] = f"{fusion.before_ms:.2f} before, {fusion.after_ms:.2f} fused"
         return table(rows, self.notes)
 
 

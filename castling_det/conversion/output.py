@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +32,25 @@ def check_paths(source: Path, out: Path) -> None:
         raise ValueError(f"output {out}: is the source, whose training state would be lost; give another name")
 
 
-def write_with_record(out: Path, content: bytes, record: dict[str, Any]) -> None:
-    """The checkpoint and the record beside it, both or neither.
+def write_with_record(out: Path, content: bytes, record: dict[str, Any], *, config: str | None = None) -> None:
+    """The checkpoint and the record beside it, all or nothing.
+
+    Args:
+        out: the checkpoint. content: its bytes. record: of the file beside it, `.json`.
+        config: text of a config beside them, `.py`, for a checkpoint that loads into no config of the training's.
 
     Raises:
         OSError: they cannot be written, such as on a full disk.
     """
     text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     try:
-        # Both contents are on disk before either file takes its name.
-        with atomic_write(manifest_path(out)) as manifest_part, atomic_write(out) as checkpoint_part:
+        # All contents are on disk before any file takes its name.
+        with ExitStack() as parts:
+            if config is not None:
+                config_part = parts.enter_context(atomic_write(out.with_suffix(".py")))
+                config_part.write_text(config, encoding="utf-8")
+            manifest_part = parts.enter_context(atomic_write(manifest_path(out)))
+            checkpoint_part = parts.enter_context(atomic_write(out))
             manifest_part.write_text(text, encoding="utf-8")
             checkpoint_part.write_bytes(content)
     except OSError as error:

@@ -24,10 +24,12 @@ __all__ = [
     "Measurement",
     "Probes",
     "castling_layers",
+    "feature_maps",
     "files_to_probe",
     "input_shape",
     "measure",
     "probe_shape",
+    "worse_drift",
 ]
 
 DEFAULT_SHAPE = (256, 256)
@@ -143,11 +145,11 @@ def measure(config: Config, probes: Probes, hybrid: nn.Module, linear: nn.Module
         with torch.inference_mode():
             for batch in probes.batches(config, hybrid):
                 shapes.append((int(batch.shape[-2]), int(batch.shape[-1])))
-                before, after = _feature_maps(hybrid, batch), _feature_maps(linear, batch)
+                before, after = feature_maps(hybrid, batch), feature_maps(linear, batch)
                 for name, layer in layers.items():
                     occupancy[name] = _worse_mask(occupancy.get(name), layer, tokens[name])
                 for name, feature_map in before.items():
-                    drift[name] = _worse_drift(drift.get(name), feature_map, after[name])
+                    drift[name] = worse_drift(drift.get(name), feature_map, after[name])
     finally:
         for hook in hooks:
             hook.remove()
@@ -165,7 +167,8 @@ def castling_layers(model: nn.Module) -> dict[str, MaskedAttention]:
     }
 
 
-def _feature_maps(model: Any, batch: Tensor) -> dict[str, Tensor]:
+def feature_maps(model: Any, batch: Tensor) -> dict[str, Tensor]:
+    """The maps of backbone and neck by name, such as `neck.2`."""
     outputs = model.backbone(batch)
     maps = {f"backbone.{index}": output for index, output in enumerate(outputs)}
     if getattr(model, "with_neck", False):
@@ -182,7 +185,8 @@ def _worse_mask(worst: LayerMask | None, layer: MaskedAttention, tokens: int) ->
     return LayerMask(max(worst.kept_fraction, fraction), max(worst.kept_mass, mass), max(worst.tokens, tokens))
 
 
-def _worse_drift(worst: FeatureDrift | None, before: Tensor, after: Tensor) -> FeatureDrift:
+def worse_drift(worst: FeatureDrift | None, before: Tensor, after: Tensor) -> FeatureDrift:
+    """The drift of one image, or `worst` in each figure where that is larger."""
     difference = (after - before).double()
     scale = before.double().square().mean().sqrt().clamp_min(torch.finfo(torch.float64).tiny)
     max_abs = float(difference.abs().max())

@@ -21,17 +21,18 @@ _Norm = (nn.BatchNorm1d, nn.BatchNorm2d)
 
 
 @MODELS.register_module()  # type: ignore[untyped-decorator]
-def FusedDetector(detector: dict[str, Any]) -> nn.Module:  # a `type` in configs, as every class there
+def FusedDetector(detector: str, **model: Any) -> nn.Module:  # a `type` in configs, as every class there
     """The detector of a model config after `fuse_detector`, to load a fused checkpoint into.
 
     For prediction only: where a norm was folded away, training is another one.
 
     Args:
-        detector: the model config of the detector that the checkpoint was fused from.
+        detector: `type` of the detector that the checkpoint was fused from.
+        model: the rest of its config as it was, which its own constructor checks.
     """
-    model: nn.Module = MODELS.build(detector)
-    fuse_detector(model.eval())
-    return model
+    built: nn.Module = MODELS.build(dict(type=detector, **model))
+    fuse_detector(built.eval())
+    return built
 
 
 def fuse_detector(model: nn.Module) -> dict[str, int]:

@@ -128,7 +128,7 @@ def test_a_wrong_statistic_is_seen(config):
 def test_a_fused_state_dict_loads_strictly_into_the_fused_config(config):
     model = randomised(built(config()))
     fuse_detector(model)
-    target = built(dict(type="castling_det.FusedDetector", detector=config()))
+    target = built(dict(config(), type="castling_det.FusedDetector", detector=config()["type"]))
     target.load_state_dict(model.state_dict(), strict=True)
     assert type(target) is type(model)
     image = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(1))
