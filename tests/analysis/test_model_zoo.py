@@ -65,3 +65,11 @@ def test_windows_have_a_row_of_their_own():
 def test_peers_have_a_source():
     assert all(len(peer) == 5 and "," in peer[-1] for peer in PEERS)
     assert len(peers_markdown().splitlines()) == len(PEERS) + 2
+
+
+def test_the_committed_zoo_counts_every_model():
+    zoo = read_zoo(CONFIGS.parent / "results" / "model_zoo.json")
+    assert {model.name for model in zoo.models} == {
+        path.stem.partition("_softmax_")[0] for path in zoo_models(CONFIGS)
+    }
+    assert not [model.name for model in zoo.models if model.gmacs_softmax is None or model.reason is not None]

@@ -115,7 +115,7 @@ def test_a_run_argument() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["a", "=b", "a=", "a=b,tests=t", "a=b,test", "a=b,test=", "a=b,seed=x", "a=b,seed=1,seed=2", "a=b.pth,checkpoint=c"],
+    ["a", "=b", "a=", "a=b,tests=t", "a=b,test", "a=b,test=", "a=b,seed=x", "a=b,seed=1,seed=2", "a=b.pth,checkpoint=c"]
 )
 def test_a_wrong_run_argument_is_named(text: str) -> None:
     with pytest.raises(ValueError, match="--run"):
