@@ -3,8 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+LOCK := requirements/py311-linux-x86_64.lock
+STACK ?= onedl
 
-.PHONY: demo study uptrain benchmarks test lint docs setup data clean
+.PHONY: demo study uptrain benchmarks test test-stack lint docs setup data lock licences audit sbom dist clean
 
 demo: $(READY) data
 	$(BIN)/python tools/demo.py
@@ -45,18 +47,60 @@ lint: $(READY)
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
+# The suite on another stack, in .venv-STACK/: onedl, upstream, oldest, newest; PYTEST="..." is handed to pytest.
+test-stack: data
+	$(PYTHON) tools/test_stack.py $(STACK) --record results/stacks/$(STACK).json --pytest="$(PYTEST)"
+
+# Exact files with hashes of what the pins say. No index is recorded: hashes are the same wherever a file comes from.
+TOOLS := .venv-tools/bin
+UV_LOCK := $(TOOLS)/uv pip compile --no-config --no-python-downloads --no-header --no-annotate --no-emit-index-url \
+  --generate-hashes --python-version 3.11.5 --python-platform x86_64-manylinux_2_28
+lock: $(TOOLS)/.ready
+	$(UV_LOCK) requirements/default.txt --quiet --output-file $(LOCK).new
+	printf '# Linux, x86-64, Python 3.11 from 3.11.5 on; written by make lock from default.txt and constraints.txt.\n\n' \
+	  | cat - $(LOCK).new > $(LOCK)
+	rm $(LOCK).new
+	$(UV_LOCK) requirements/build.txt --quiet --output-file requirements/build.lock
+
+licences: $(READY)
+	$(BIN)/python tools/licences.py
+
+# --strict: a package that the vulnerability service does not answer for is an error, not a clean bill.
+audit: $(TOOLS)/.ready
+	$(TOOLS)/pip-audit --strict --require-hashes --disable-pip --requirement $(LOCK)
+
+sbom: $(TOOLS)/.ready
+	mkdir -p build
+	$(TOOLS)/cyclonedx-py requirements $(LOCK) --output-format JSON --output-reproducible --output-file build/sbom.json
+
+# Wheel and sdist, each built twice and compared.
+dist: $(READY)
+	$(BIN)/python tools/build_dist.py
+
 setup: $(READY)
 
 data: $(READY)
 	$(BIN)/python tools/prepare_tree_crowns.py
 
-$(READY): requirements/default.txt setup.cfg setup.py pyproject.toml castling_det.pth
+# The lock where it applies, with a hash for every file; other Pythons and machines install the pins.
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
+$(READY): requirements/default.txt requirements/build.lock $(LOCK) setup.cfg setup.py pyproject.toml castling_det.pth
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12) and "Python 3.10 to 3.12 is needed, this is " + sys.version)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "setuptools==80.9.0" wheel
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/default.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	if $(BIN)/python -c 'import platform, sys; v = sys.version_info; sys.exit(not (v[:2] == (3, 11) and v >= (3, 11, 5) \
+	  and sys.platform == "linux" and platform.machine() == "x86_64" and platform.libc_ver()[0] == "glibc"))'; then \
+	  $(PIP) --no-deps --require-hashes -r requirements/build.lock && \
+	  $(PIP) --no-deps --require-hashes --no-build-isolation -r $(LOCK); \
+	else \
+	  $(PIP) "setuptools==80.9.0" wheel && $(PIP) -r requirements/default.txt; \
+	fi
+	$(PIP) --no-deps --no-build-isolation --editable .
+	touch $@
+
+$(TOOLS)/.ready: requirements/tools.txt
+	$(PYTHON) -m venv .venv-tools
+	$(TOOLS)/python -m pip install --quiet --disable-pip-version-check -r requirements/tools.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) work_dirs build dist *.egg-info
+	rm -rf $(VENV) .venv-* work_dirs build dist *.egg-info

@@ -1,12 +1,18 @@
-"""Puts `castling_det.pth` beside the package, in wheels and editable installs; the rest is in setup.cfg."""
+"""Puts `castling_det.pth` beside the package, and builds the same sdist twice; the rest is in setup.cfg."""
 
 from __future__ import annotations
 
+import gzip
+import os
+import tarfile
+
 # setuptools is imported before this file is run, and brings its own distutils.
 from distutils.command.install_data import install_data as _InstallData
+from pathlib import Path
 
 from setuptools import Distribution as _Distribution
 from setuptools import setup
+from setuptools.command.sdist import sdist as _Sdist
 
 
 class Distribution(_Distribution):
@@ -24,4 +30,34 @@ class InstallData(_InstallData):
         self.force = True
 
 
-setup(distclass=Distribution, cmdclass={"install_data": InstallData}, data_files=[("", ["castling_det.pth"])])
+class Sdist(_Sdist):
+    """With SOURCE_DATE_EPOCH set, an archive of the content alone: sorted, one time, no owner. Wheels are so anyway."""
+
+    def make_archive(  # type: ignore[no-untyped-def]  # as setuptools has it
+        self, base_name, format, root_dir=None, base_dir=None, owner=None, group=None
+    ):
+        epoch = os.environ.get("SOURCE_DATE_EPOCH")
+        if epoch is None or format != "gztar":
+            return super().make_archive(base_name, format, root_dir, base_dir, owner, group)
+
+        def plain(member: tarfile.TarInfo) -> tarfile.TarInfo:
+            member.mtime, member.uid, member.gid, member.uname, member.gname = int(epoch), 0, 0, "", ""
+            member.mode = 0o755 if member.isdir() or member.mode & 0o100 else 0o644
+            return member
+
+        path = f"{base_name}.tar.gz"
+        with (
+            open(path, "wb") as raw,
+            gzip.GzipFile("", "wb", fileobj=raw, mtime=int(epoch)) as packed,
+            tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as archive,
+        ):
+            for file in sorted((Path(base_dir), *Path(base_dir).rglob("*")), key=Path.as_posix):
+                archive.add(file, recursive=False, filter=plain)
+        return path
+
+
+setup(
+    distclass=Distribution,
+    cmdclass={"install_data": InstallData, "sdist": Sdist},
+    data_files=[("", ["castling_det.pth"])],
+)
