@@ -152,8 +152,9 @@ class DenseDecoder(nn.Module):
             # As `head.integral`, whose buffer the ONNX exporter mistakes for its own copy.
             bins = head.reg_max + 1
             places = torch.arange(bins, dtype=preds.dtype, device=preds.device)
-            expected = nn.functional.linear(preds.reshape(-1, bins).softmax(dim=1), places.unsqueeze(0))
-            distances = expected.reshape(-1, 4) * head.prior_generator.strides[level][0]
+            distances = (preds.reshape(-1, bins).softmax(dim=1) @ places).reshape(-1, 4) * head.prior_generator.strides[
+                level
+            ][0]
             priors, preds = head.anchor_center(priors), distances
         boxes: Tensor = head.bbox_coder.decode(priors, preds)
         return boxes

@@ -232,7 +232,7 @@ def describe(
         attention="linear",
         detector=type(source.detector).__name__,
         source_sha256=source.sha256,
-        config=Path(str(source.config.filename)).name,
+        config=Path(source.config.filename or "").name,
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         notes=network.notes,
     )

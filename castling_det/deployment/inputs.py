@@ -53,12 +53,13 @@ def normalization(model: nn.Module) -> Normalization:
             f"data_preprocessor.pad_value={preprocessor.pad_value}: expected 0; an exported file has no other padding"
         )
     channels = 3
+    # The digits that float32 has: the numbers of the config again.
     mean, std = [0.0] * channels, [1.0] * channels
     if getattr(preprocessor, "_enable_normalize", False):
         mean, std = preprocessor.mean.flatten().tolist(), preprocessor.std.flatten().tolist()
     return Normalization(
-        tuple(round(value, 6) for value in mean),
-        tuple(round(value, 6) for value in std),
+        tuple(float(f"{value:.7g}") for value in mean),
+        tuple(float(f"{value:.7g}") for value in std),
         bool(getattr(preprocessor, "_channel_conversion", False)),
         int(getattr(preprocessor, "pad_size_divisor", 1)),
     )

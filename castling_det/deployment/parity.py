@@ -105,9 +105,9 @@ def reference(detector: nn.Module, images: Tensor, *, preprocessing: bool = True
     labels = np.full((len(images), rows), -1)
     for index, sample in enumerate(samples):
         found = sample.pred_instances
-        boxes[index, : len(found)] = found.bboxes.float().cpu()
-        scores[index, : len(found)] = found.scores.float().cpu()
-        labels[index, : len(found)] = found.labels.cpu()
+        boxes[index, : len(found)] = found.bboxes.float().cpu().numpy()
+        scores[index, : len(found)] = found.scores.float().cpu().numpy()
+        labels[index, : len(found)] = found.labels.cpu().numpy()
     return {**dict(zip(OUTPUT_NAMES, (boxes, scores, labels), strict=True)), **raw}
 
 
@@ -121,9 +121,10 @@ def without_masks(detector: nn.Module) -> nn.Module:
 
 
 def _raw(model: Any, features: Sequence[Tensor]) -> dict[str, Array]:
-    prefix, head = ("rpn_", model.rpn_head) if getattr(model, "rpn_head", None) else ("", model.bbox_head)
     if getattr(model, "encoder", None) is not None:
+        # A transformer's outputs are rows of queries, which come in an order of their own.
         return {}
+    prefix, head = ("rpn_", model.rpn_head) if getattr(model, "rpn_head", None) else ("", model.bbox_head)
     scores, boxes = head(features)
     maps = {f"raw_{prefix}cls_score_{level}": value for level, value in enumerate(scores)}
     maps |= {f"raw_{prefix}bbox_pred_{level}": value for level, value in enumerate(boxes)}

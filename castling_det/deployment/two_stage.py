@@ -81,7 +81,7 @@ class TwoStageDecoder(nn.Module):
         ).view(batch, classes, count)
         labels = torch.arange(classes, device=scores.device)[None, :, None].expand(batch, -1, count)
         return select(
-            grouped.view(batch, classes * count, 4),
+            grouped.reshape(batch, classes * count, 4),
             torch.where(kept, of_class, 0.0).flatten(1),
             labels.flatten(1),
             settings.max_per_img,
