@@ -41,7 +41,7 @@ def answer(code: str) -> Any:
 
 
 def test_public_names() -> None:
-    assert castling_det.__all__ == ["Detector", "__version__"]
+    assert castling_det.__all__ == ["Detector", "__version__", "check_dataset"]
 
 
 def test_importing_is_light() -> None:
