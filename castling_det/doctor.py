@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +19,7 @@ from castling_det.compat.host import (
     HOST_PACKAGES,
     INSTALL_HINT,
     host_problems,
+    host_warnings,
     installed_distributions,
     release,
 )
@@ -111,10 +111,8 @@ def _host(name: str) -> Finding:
     if any(len(group) > 1 for group in found):
         advice = "two distributions wrote into one folder: uninstall both, then install one of them"
         return Finding(name, "problem", detail, advice)
-    engine = dict(found[0])
-    if "onedl-mmengine" not in engine and release(version("torch")) >= (2, 6):
-        advice = f"this mmengine cannot load its checkpoints on torch >= 2.6: {INSTALL_HINT}"
-        return Finding(name, "warning", detail, advice)
+    if warnings := host_warnings():
+        return Finding(name, "warning", detail, "; ".join(warnings))
     return Finding(name, "ok", detail)
 
 

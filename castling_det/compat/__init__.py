@@ -8,7 +8,8 @@ from castling_det.compat.host import (
     HostPackage,
     check_host,
     host_problems,
+    host_warnings,
     installed_distributions,
 )
 
-__all__ = ["HOST_PACKAGES", "HostPackage", "check_host", "host_problems", "installed_distributions"]
+__all__ = ["HOST_PACKAGES", "HostPackage", "check_host", "host_problems", "host_warnings", "installed_distributions"]

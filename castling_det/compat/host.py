@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+import multiprocessing
+import os
 import re
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
-__all__ = ["HOST_PACKAGES", "HostPackage", "check_host", "host_problems", "installed_distributions"]
+__all__ = ["HOST_PACKAGES", "HostPackage", "check_host", "host_problems", "host_warnings", "installed_distributions"]
 
 INSTALL_HINT = "pip install 'castling-det[onedl]'"
 
@@ -71,8 +74,28 @@ def host_problems() -> list[str]:
     return problems
 
 
+def host_warnings() -> list[str]:
+    """One sentence with its fix for each thing that works in part only; imports nothing."""
+    try:
+        torch = version("torch")
+    except PackageNotFoundError:
+        return []
+    if release(torch) < (2, 6):
+        return [
+            f"torch {torch} cannot read checkpoints safely: training works, but conversion and pre-trained weights are "
+            f"refused; {INSTALL_HINT} with torch >= 2.6"
+        ]
+    engine = next(iter(installed_distributions(HOST_PACKAGES[0])), ("", ""))
+    if engine[0] in ("mmengine", "mmengine-lite") and release(engine[1]) < (0, 10, 8):
+        return [
+            f"{engine[0]} {engine[1]} cannot load its own checkpoints on torch {torch}: training works, but --resume, "
+            f"load_from and tools/test.py fail; {INSTALL_HINT}"
+        ]
+    return []
+
+
 def check_host() -> None:
-    """Raises one ImportError that names every problem and what to install."""
+    """Raises one ImportError that names every problem and what to install; logs what works in part only."""
     problems = host_problems()
     if problems:
         raise ImportError(
@@ -80,3 +103,7 @@ def check_host() -> None:
             f"Install a supported host with {INSTALL_HINT} (or 'castling-det[upstream]'); "
             "`castling-det doctor` prints what is installed."
         )
+    # From the main process only: not from data-loading workers or other ranks.
+    if multiprocessing.parent_process() is None and os.environ.get("RANK", "0") == "0":
+        for warning in host_warnings():
+            logging.getLogger("castling_det").warning(warning)

@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError
 
 import pytest
 
-from castling_det.compat import check_host, host, host_problems
+from castling_det.compat import check_host, host, host_problems, host_warnings
 
 ONEDL = {"onedl-mmengine": "0.10.12", "onedl-mmcv": "2.3.6", "onedl-mmdetection": "3.5.1"}
 UPSTREAM = {"mmengine": "0.10.7", "mmcv-lite": "2.1.0", "mmdet": "3.3.0"}
@@ -65,3 +65,25 @@ def test_a_source_checkout_on_the_path_counts_as_installed(install: Install, mon
     install({})
     monkeypatch.setattr(host, "find_spec", lambda name: object())
     assert host_problems() == []
+
+
+@pytest.mark.parametrize(
+    ("distributions", "named"),
+    [
+        (ONEDL | {"torch": "2.6.0"}, ""),
+        (ONEDL | {"torch": "2.14.1+cpu"}, ""),
+        (ONEDL | {"torch": "2.5.1"}, "torch 2.5.1 cannot read checkpoints safely"),
+        (UPSTREAM | {"torch": "2.5.1+cu124"}, "with torch >= 2.6"),
+        (UPSTREAM | {"torch": "2.6.0"}, "mmengine 0.10.7 cannot load its own checkpoints on torch 2.6.0"),
+        (UPSTREAM, ""),
+    ],
+)
+def test_what_works_in_part_is_one_line_at_import(
+    install: Install, caplog: pytest.LogCaptureFixture, distributions: dict[str, str], named: str
+) -> None:
+    install(distributions)
+    check_host()
+    assert len(host_warnings()) == len(caplog.records) == bool(named)
+    if named:
+        line = caplog.records[0].getMessage()
+        assert named in line and "pip install" in line and "\n" not in line
