@@ -168,4 +168,5 @@ def float32_threshold(value: float) -> float:
 
 def _rows(x: Tensor, channels: int) -> Tensor:
     """Maps (B, A * channels, H, W) as (B, H * W * A, channels), in the order of the priors."""
-    return x.permute(0, 2, 3, 1).flatten(1).unflatten(1, (-1, channels))
+    rows: Tensor = x.permute(0, 2, 3, 1).flatten(1).unflatten(1, (-1, channels))
+    return rows

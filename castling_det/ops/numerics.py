@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -20,7 +20,9 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
     """A region in which autocast leaves the dtypes on the device of `tensor` alone."""
-    return torch.autocast(device_type=tensor.device.type, enabled=False)
+    device = tensor.device.type
+    # A region of its own becomes a graph of its own in an exported program, which cannot be saved then.
+    return torch.autocast(device_type=device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def vector_norm(x: Tensor) -> Tensor:
