@@ -120,7 +120,8 @@ def _category(rows: list[dict[str, Any] | None], thresholds: int) -> _Category:
     for index, row in found:
         positives[index] = np.count_nonzero(np.asarray(row["gtIgnore"]) == 0)
     length = np.diff(np.append(start, len(scores)))
-    return _Category(matched & ~ignored, ~matched & ~ignored, images[start], start, length, positives)
+    # Over all areas only what matched a crowd is ignored.
+    return _Category(matched & ~ignored, ~matched, images[start], start, length, positives)
 
 
 def _average_precision(category: _Category, counts: Integers, recalls: Floats) -> Floats | None:
