@@ -3,21 +3,17 @@
 from castling_det.engine.class_count import ClassCountHook
 from castling_det.engine.cycle_ema import CycleEMAHook
 from castling_det.engine.dashboard import DashboardHook
-from castling_det.engine.exact_resume import ExactResumeHook
 from castling_det.engine.layer_decay import LayerDecayOptimWrapperConstructor
 from castling_det.engine.mask_annealing import MaskAnnealingHook
 from castling_det.engine.schedules import SCHEDULES, MaskState, mask_state
-from castling_det.engine.whole_checkpoint import WholeCheckpointHook
 
 __all__ = [
     "SCHEDULES",
     "ClassCountHook",
     "CycleEMAHook",
     "DashboardHook",
-    "ExactResumeHook",
     "LayerDecayOptimWrapperConstructor",
     "MaskAnnealingHook",
     "MaskState",
-    "WholeCheckpointHook",
     "mask_state",
 ]
