@@ -19,6 +19,7 @@ __all__ = [
     "DATASETS",
     "HOOKS",
     "MODELS",
+    "OPTIM_WRAPPERS",
     "OPTIM_WRAPPER_CONSTRUCTORS",
     "TASK_UTILS",
     "WEIGHT_INITIALIZERS",
@@ -35,7 +36,6 @@ BORROWED = (
     "METRICS",
     "MODEL_WRAPPERS",
     "OPTIMIZERS",
-    "OPTIM_WRAPPERS",
     "PARAM_SCHEDULERS",
     "RUNNERS",
     "RUNNER_CONSTRUCTORS",
@@ -71,6 +71,7 @@ def _registry(kind: str, location: str = __name__) -> HostedRegistry:
 MODELS = _registry("MODELS", "castling_det.models")
 DATASETS = _registry("DATASETS", "castling_det.datasets.coco")
 HOOKS = _registry("HOOKS", "castling_det.engine")
+OPTIM_WRAPPERS = _registry("OPTIM_WRAPPERS", "castling_det.engine")
 OPTIM_WRAPPER_CONSTRUCTORS = _registry("OPTIM_WRAPPER_CONSTRUCTORS", "castling_det.engine")
 TASK_UTILS = _registry("TASK_UTILS", "castling_det.models")
 WEIGHT_INITIALIZERS = _registry("WEIGHT_INITIALIZERS", "castling_det.conversion.pretrained")

@@ -59,11 +59,11 @@ def _config() -> Config:
     return Config.fromfile(CONFIG)
 
 
-def train(folder: Path, *, ranks: int, **case: Any) -> Trained:
-    """Trains in this process, which may be one of several ranks."""
-    name = "-".join(map(str, (ranks, *case.values())))
+def train(folder: Path, *, ranks: int, extra: dict[str, Any] | None = None, **case: Any) -> Trained:
+    """Trains in this process, which may be one of several ranks; `extra` is merged into the config last."""
+    name = "-".join(map(str, (ranks, *case.values(), *(extra or {}).values())))
     config = copy.deepcopy(_config())
-    config.merge_from_dict(options(folder, ranks=ranks, **case))
+    config.merge_from_dict(options(folder, ranks=ranks, **case) | (extra or {}))
     config.work_dir, config.experiment_name = str(folder / f"work-{name}"), name
     config.visualizer.name = name  # one name is one instance in a process
     config.launcher = "pytorch" if ranks > 1 else "none"

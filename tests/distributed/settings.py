@@ -24,7 +24,9 @@ ON_CPU = {
 """What makes one of our configs train on CPU ranks; docs/distributed.md has it as --cfg-options."""
 
 
-def options(folder: Path, *, ranks: int, attention: str = "castling", with_cp: bool = False) -> dict[str, Any]:
+def options(
+    folder: Path, *, ranks: int, attention: str = "castling", with_cp: bool = False, seed: int = 1
+) -> dict[str, Any]:
     """What is set otherwise than in the demo's config: one block of width 32 on 64-pixel images, six iterations."""
     pipeline = [
         dict(type="LoadImageFromFile"),
@@ -67,7 +69,7 @@ def options(folder: Path, *, ranks: int, attention: str = "castling", with_cp: b
         # learning rate from the start, for six iterations are to move the weights.
         "optim_wrapper.optimizer": dict(_delete_=True, type="SGD", lr=0.004, momentum=0.9, weight_decay=0.05),
         "param_scheduler": [],
-        "randomness.seed": 1,
+        "randomness.seed": seed,
         **ON_CPU,
     }
     hook = dict(type="castling_det.MaskAnnealingHook", schedule="geometric", end=64, empty_from=0.7, interval=1)
