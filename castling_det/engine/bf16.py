@@ -18,7 +18,7 @@ __all__ = ["Bf16OptimWrapper"]
 class Bf16OptimWrapper(OptimWrapper):
     """mmengine's `OptimWrapper` with the forward pass under bfloat16 autocast; on a CPU too, unlike `AmpOptimWrapper`.
 
-    Parameters, their gradients and the optimizer stay in float32. bfloat16 has float32's range, so losses are not scaled.
+    Parameters, their gradients and the optimizer stay in float32. bfloat16 has the range of float32: no loss is scaled.
     """
 
     @contextmanager

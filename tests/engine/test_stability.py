@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -48,7 +49,7 @@ def test_gradients_stay_bounded_while_the_mask_empties(normalizer, fade, schedul
     assert kept[0] > 0.2 and kept[-1] == 0.0, "the mask goes from open to empty"
     assert all(map(math.isfinite, norms))
     assert max(norms) < 2 * max(alone)
-    steps = [abs(after - before) for before, after in zip(norms, norms[1:], strict=False)]
+    steps = [abs(after - before) for before, after in itertools.pairwise(norms)]
     assert max(steps) < max(alone), "no jump where the branch ends"
 
 
