@@ -72,7 +72,8 @@ def read_training_log(work_dir: Path) -> TrainingLog:
         if begins is None:
             continue
         for kind, table in tables.items():
-            kept = {step: row for step, row in table.items() if step < begins}
+            # A resumed session may begin with the validation of the checkpoint, which is of the last kept step.
+            kept = {step: row for step, row in table.items() if step <= begins}
             tables[kind] = kept | session[kind]
     scalars = _series(tables["train"])
     last = max(tables["train"], default=0)
@@ -126,9 +127,9 @@ def _by_iteration(
         if "iter" in row:
             last, epoch = step, row.get("epoch")
             values = {key: _finite(value) for key, value in row.items() if _is_number(value)}
-            tables["train"][step] = {
-                key: value for key, value in values.items() if key not in _COUNTERS and not _MASK.match(key)
-            }
+            values = {key: value for key, value in values.items() if key not in _COUNTERS and not _MASK.match(key)}
+            if values:  # ExactResumeHook notes where it resumes, and nothing else
+                tables["train"][step] = values
     return {kind: tables[kind] for kind in ("train", "val", "mask")}
 
 

@@ -77,7 +77,15 @@ def report_step(
 
 
 def _resolved(config: Path) -> str:
-    """What the config says once its bases are read: a comment or another family's file changes nothing."""
+    """What the config says once its bases are read: a comment or another family's file changes nothing.
+
+    Nor do the hooks that only keep an interrupted training whole: what was trained without them stays done.
+    """
     from mmengine.config import Config
 
-    return json.dumps(Config.fromfile(config).to_dict(), sort_keys=True, default=str)
+    content = Config.fromfile(config).to_dict()
+    hooks = content.get("default_hooks", {})
+    hooks.pop("exact_resume", None)
+    if hooks.get("checkpoint", {}).get("type") == "castling_det.WholeCheckpointHook":
+        hooks["checkpoint"]["type"] = "CheckpointHook"
+    return json.dumps(content, sort_keys=True, default=str)

@@ -24,7 +24,9 @@ param_scheduler = [
         convert_to_iter_based=True,
     ),
 ]
-default_hooks = dict(checkpoint=dict(type="CheckpointHook", interval=1, max_keep_ckpts=2, save_best="coco/bbox_mAP"))
+default_hooks = dict(
+    checkpoint=dict(type="castling_det.WholeCheckpointHook", interval=1, max_keep_ckpts=2, save_best="coco/bbox_mAP")
+)
 custom_hooks = [
     dict(type="castling_det.ClassCountHook"),
     dict(type="EMAHook", ema_type="ExpMomentumEMA", momentum=0.0002, update_buffers=True, priority=49),

@@ -17,6 +17,8 @@ param_scheduler = [
     dict(type="LinearLR", start_factor=0.001, by_epoch=False, begin=0, end=1000),
     dict(type="MultiStepLR", begin=0, end=max_epochs, by_epoch=True, milestones=[28, 33], gamma=0.1),
 ]
-default_hooks = dict(checkpoint=dict(max_keep_ckpts=2, save_best="coco/bbox_mAP"))
+default_hooks = dict(
+    checkpoint=dict(type="castling_det.WholeCheckpointHook", max_keep_ckpts=2, save_best="coco/bbox_mAP")
+)
 custom_hooks = [dict(type="castling_det.ClassCountHook")]
 auto_scale_lr = dict(enable=False, base_batch_size=16)

@@ -24,7 +24,9 @@ param_scheduler = [
         convert_to_iter_based=True,
     ),
 ]
-default_hooks = dict(checkpoint=dict(type="CheckpointHook", interval=10, max_keep_ckpts=2, save_best="coco/bbox_mAP"))
+default_hooks = dict(
+    checkpoint=dict(type="castling_det.WholeCheckpointHook", interval=10, max_keep_ckpts=2, save_best="coco/bbox_mAP")
+)
 custom_hooks = [
     dict(type="castling_det.ClassCountHook"),
     dict(type="castling_det.CycleEMAHook", cycle_epochs=40, momentum=0.0002, gamma=9, priority=49),

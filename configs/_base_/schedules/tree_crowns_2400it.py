@@ -17,7 +17,8 @@ param_scheduler = [
 ]
 default_hooks = dict(
     logger=dict(interval=20),
-    checkpoint=dict(type="CheckpointHook", by_epoch=False, interval=max_iters // 4, max_keep_ckpts=1),
+    exact_resume=dict(type="castling_det.ExactResumeHook"),
+    checkpoint=dict(type="castling_det.WholeCheckpointHook", by_epoch=False, interval=max_iters // 4, max_keep_ckpts=1),
 )
 log_processor = dict(by_epoch=False, window_size=20)
 custom_hooks = [
