@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 LOCK := requirements/py311-linux-x86_64.lock
 STACK ?= onedl
 
-.PHONY: demo study uptrain benchmarks test test-stack lint docs setup data lock licences audit sbom dist clean
+.PHONY: demo study uptrain benchmarks test test-stack stability lint docs setup data lock licences audit sbom dist clean
 
 demo: $(READY) data
 	$(BIN)/python tools/demo.py
@@ -46,6 +46,10 @@ lint: $(READY)
 # The pages under docs/, into work_dirs/site/; a warning is an error, which --quiet would hide. `make test` builds them too.
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+# 2000 iterations in bfloat16 on the tree crowns, for results/stability/: a quarter of an hour on one idle core.
+stability: $(READY) data
+	$(BIN)/python tools/stability.py
 
 # The suite on another stack, in .venv-STACK/: onedl, upstream, oldest, newest; PYTEST="..." is handed to pytest.
 test-stack: data
