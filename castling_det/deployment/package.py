@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ from castling_det.deployment.network import DeployedDetector
 from castling_det.deployment.parity import TOLERANCES, Runner, ShapeParity, check_parity, default_shapes
 from castling_det.deployment.program import export_program
 
-__all__ = ["KINDS", "export_package", "load_package"]
+__all__ = ["KINDS", "export_package", "load_package", "read_metadata"]
 
 KINDS = ("program", "aoti")
 _METADATA_FILE = "castling_det.json"
@@ -94,12 +95,27 @@ def load_package(path: str | os.PathLike[str], *, kind: str) -> Runner:
     return _runner(Path(path), kind)
 
 
-def _save(program: ExportedProgram, path: Path, kind: str, metadata: FileMetadata) -> None:
+def read_metadata(path: str | os.PathLike[str], *, kind: str) -> FileMetadata:
+    """What the file says about itself.
+
+    Raises:
+        ValueError: not our file, or of another format.
+    """
     if kind == "program":
-        text = "\n".join(f"{key}={value}" for key, value in metadata.to_properties().items())
-        torch.export.save(program, path, extra_files={_METADATA_FILE: text})
+        extra = {_METADATA_FILE: ""}
+        with Path(path).open("rb") as file:
+            torch.export.load(file, extra_files=extra)
+        properties = json.loads(extra[_METADATA_FILE] or "{}")
+    else:
+        properties = torch._inductor.aoti_load_package(str(path)).get_metadata()
+    return FileMetadata.from_properties(properties, path)
+
+
+def _save(program: ExportedProgram, path: Path, kind: str, metadata: FileMetadata) -> None:
+    properties = metadata.to_properties()
+    if kind == "program":
+        torch.export.save(program, path, extra_files={_METADATA_FILE: json.dumps(properties)})
         return
-    properties = {key: value for key, value in metadata.to_properties().items()}
     try:
         torch._inductor.aoti_compile_and_package(
             program, package_path=str(path), inductor_configs={"aot_inductor.metadata": properties}

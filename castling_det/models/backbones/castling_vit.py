@@ -228,7 +228,8 @@ class CastlingViT(BaseModule):
         return F.pad(x, (0, pad_w, 0, pad_h))
 
     def _position_embedding(self, hw: tuple[int, int]) -> Tensor:
-        if hw == self.pos_grid:
+        # An exported program of all sizes would refuse this one, if it left here.
+        if not any(isinstance(side, torch.SymInt) for side in hw) and hw == self.pos_grid:
             return self.pos_embed
         return resample_abs_pos_embed(  # type: ignore[no-any-return]
             self.pos_embed, new_size=list(hw), old_size=list(self.pos_grid), num_prefix_tokens=0
