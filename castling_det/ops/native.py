@@ -121,16 +121,15 @@ def _registered() -> bool:
 
 
 def _compile(compiler: str, out: Path) -> None:
-    from torch.utils.cpp_extension import include_paths, library_paths
-
+    root = Path(torch.__file__).parent
+    headers = root / "include", root / "include" / "torch" / "csrc" / "api" / "include"
     command = [
         *shlex.split(compiler),
         *("-std=c++20", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-DAT_PER_OPERATOR_HEADERS"),
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
-        *(part for path in include_paths() for part in ("-isystem", path)),
+        *(part for path in headers for part in ("-isystem", str(path))),
         *(str(_SOURCE), "-o", str(out)),
-        *(f"-L{path}" for path in library_paths()),
-        *("-lc10", "-ltorch_cpu"),
+        *(f"-L{root / 'lib'}", "-lc10", "-ltorch_cpu"),
     ]
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
