@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 LOCK := requirements/py311-linux-x86_64.lock
 STACK ?= onedl
 
-.PHONY: demo study uptrain benchmarks test test-stack stability lint docs setup data lock licences audit sbom dist clean
+.PHONY: demo study uptrain benchmarks test test-slow test-stack stability lint docs setup data lock licences audit sbom dist clean
 
 demo: $(READY) data
 	$(BIN)/python tools/demo.py
@@ -37,7 +37,11 @@ benchmarks: $(READY)
 
 # Two workers of one thread each: faster than one of two, and a busy machine slows it less.
 test: lint data
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow"
+
+# What takes longer: exports of every family, the tutorial, installing into a fresh environment.
+test-slow: $(READY) data
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m slow
 
 lint: $(READY)
 	$(BIN)/ruff check .
