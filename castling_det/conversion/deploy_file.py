@@ -40,11 +40,13 @@ def meta_of(checkpoint: Mapping[str, Any], source: object) -> dict[str, Any]:
     meta = checkpoint.get("meta")
     if not isinstance(meta, dict):
         return {}
-    converted = (meta.get(META_KEY) or {}).get("converted")
-    if converted:
+    own = meta.get(META_KEY) or {}
+    if not isinstance(own, Mapping) or not isinstance(own.get("mask", {}), Mapping | None):
+        raise ValueError(f"checkpoint {source}: meta[{META_KEY!r}] is no record of this package; get the file again")
+    if converted := own.get("converted"):
+        origin = converted.get("source_sha256") if isinstance(converted, Mapping) else "unknown"
         raise ValueError(
-            f"checkpoint {source}: is converted already, from the source with sha256 "
-            f"{converted.get('source_sha256')}; use it as it is"
+            f"checkpoint {source}: is converted already, from the source with sha256 {origin}; use it as it is"
         )
     return meta
 

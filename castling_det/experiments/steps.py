@@ -5,15 +5,18 @@ Every step is a command that a user could type; its stamp, written last, says th
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -186,6 +189,7 @@ class _Schedule:
             text=True,
             errors="replace",
             env=self.environment,
+            preexec_fn=_die_with_parent(),
         )
         running = _Running(step, key, process, time.monotonic())
         self.running[self.pool.submit(self._follow, running)] = running
@@ -213,6 +217,21 @@ class _Schedule:
 
     def _say(self, text: str) -> None:
         self.progress.console.print(text, markup=False, soft_wrap=True)
+
+
+def _die_with_parent() -> Callable[[], None] | None:
+    """For a command that is started: the kernel kills it when this process is killed; None where only Linux can.
+
+    Otherwise it would go on beside the one that is started next.
+    """
+    if not sys.platform.startswith("linux"):
+        return None
+    prctl, option = ctypes.CDLL(None).prctl, 1  # PR_SET_PDEATHSIG
+
+    def ask() -> None:
+        prctl(option, signal.SIGKILL)
+
+    return ask
 
 
 def _done_with(step: Step) -> str | None:

@@ -79,7 +79,7 @@ def test_control_without_the_hook_a_resumed_run_differs(undisturbed: Path, tmp_p
 
 
 @pytest.mark.parametrize("how", ["write", "rename"])
-def test_the_best_checkpoint_is_kept_until_the_better_one_is_whole(tmp_path: Path, how: str) -> None:
+def test_the_best_checkpoint_is_kept_until_the_better_is_whole(tmp_path: Path, how: str) -> None:
     hooks = {"exact_resume": EXACT, **checkpoint_hook(WHOLE, save_best="bbox_mAP", rule="less")}
     # The best one of iteration 8 has that in its meta, and so has the ordinary one, which is saved before it.
     assert run(tmp_path, hooks, Dies(how, 8)) < 0

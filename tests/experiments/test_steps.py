@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -101,6 +103,40 @@ def test_a_failure_stops_what_runs_beside_it(tmp_path):
     with pytest.raises(StepFailed, match="exit code 3"):
         run([sleeper, replace(python_step(tmp_path / "b", code), name="b")], jobs=2)
     assert not sleeper.stamp.exists()
+
+
+def test_a_killed_experiment_takes_its_commands_along_and_starts_again(tmp_path):
+    """A command that went on would write beside the one that is started next."""
+    code = f"""
+import os, pathlib, sys, time
+folder = pathlib.Path(sys.argv[1])
+(folder / "part").write_text(str(os.getpid()))
+(folder / "part").rename(folder / "pid")
+while not pathlib.Path({str(tmp_path / "go")!r}).exists():
+    time.sleep(0.01)
+"""
+    step = python_step(tmp_path / "s", code)
+    experiment = multiprocessing.get_context("fork").Process(target=run, args=([step],))
+    experiment.start()
+    pid = _wait_for(tmp_path / "s" / "pid")
+    experiment.kill()
+    experiment.join()
+    end = time.monotonic() + 30
+    while Path(f"/proc/{pid}/stat").exists() and Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z":
+        assert time.monotonic() < end, "the command goes on"
+        time.sleep(0.01)
+    assert not step.stamp.exists()
+    (tmp_path / "go").touch()
+    run([step])
+    assert step.stamp.exists()
+
+
+def _wait_for(path):
+    end = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < end, f"no {path}"
+        time.sleep(0.01)
+    return path.read_text()
 
 
 def test_steps_share_the_cores(tmp_path, monkeypatch):

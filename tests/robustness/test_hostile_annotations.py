@@ -80,7 +80,7 @@ def test_hostile_values_are_named(tmp_path: Path, case: str) -> None:
         raise_for_problems(problems)
 
 
-def test_numbers_that_json_does_not_have_are_read_and_named(tmp_path: Path) -> None:
+def test_numbers_that_json_does_not_have_are_named(tmp_path: Path) -> None:
     data = sound()
     data["annotations"][0]["bbox"] = [1, 2, "NAN", 4]
     path = tmp_path / "train.json"

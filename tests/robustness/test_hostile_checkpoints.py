@@ -281,7 +281,7 @@ def test_control_the_canary_sings(tmp_path: Path) -> None:
         (lambda w: w[:, :1], r"shapes differ.*patch_embed\.proj\.weight"),
     ],
 )
-def test_pretrained_tensors_that_do_not_fit_are_named(tmp_path: Path, change: Any, message: str) -> None:
+def test_tensors_that_do_not_fit_are_named(tmp_path: Path, change: Any, message: str) -> None:
     model = CastlingViT(embed_dims=16, depth=1, num_heads=2, patch_size=8, img_size=32, out_indices=(0,))
     state = {name: torch.randn_like(value) for name, value in model.state_dict().items()}
     before = {name: value.clone() for name, value in model.state_dict().items()}

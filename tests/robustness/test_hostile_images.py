@@ -164,7 +164,7 @@ def test_one_pixel_is_an_image(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", IMAGES)
-def test_preparation_takes_eight_bit_images_and_refuses_the_rest_by_name(tmp_path: Path, kind: str) -> None:
+def test_preparation_takes_eight_bit_images_only(tmp_path: Path, kind: str) -> None:
     make, _, _ = IMAGES[kind]
     make(tmp_path / "1.png")
     content = (tmp_path / "1.png").read_bytes()
