@@ -1,0 +1,127 @@
+# Two commands: `make demo` and `make test`. Each sets itself up in .venv/ on a machine that has Python 3.10 to 3.12 only.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+LOCK := requirements/py311-linux-x86_64.lock
+STACK ?= onedl
+
+.PHONY: demo study uptrain benchmarks test test-slow test-stack stability lint docs setup data lock licences audit sbom dist fuzz crash-test clean
+
+demo: $(READY) data
+	$(BIN)/python tools/demo.py
+
+# The demo over three seeds: the table of the README.
+study: $(READY) data
+	$(BIN)/python tools/demo.py --work-dir work_dirs/study --seeds 0 1 2
+
+# The study's softmax detectors become linear ones in a quarter of their iterations.
+uptrain: study
+	$(BIN)/python tools/uptrain.py
+
+# The records of docs/attention.md: about half an hour on two idle cores, and nothing else may run beside it.
+BENCHMARK := $(BIN)/python tools/benchmark.py --threads 2
+benchmarks: $(READY)
+	$(BIN)/castling-det build
+	$(BENCHMARK) --levels core --sizes 16 32 64 128 \
+	  --variants softmax linear linear_native linear_compiled published floor \
+	  --passes forward --out results/attention/core
+	$(BENCHMARK) --levels core --sizes 16 32 64 --variants softmax linear published --passes forward+backward \
+	  --out results/attention/training
+	$(BENCHMARK) --levels core --sizes 64 --batch 2 --variants softmax linear castling castling_empty dense \
+	  --passes forward+backward --repeats 7 --max-seconds 300 --out results/attention/hybrid
+	$(BENCHMARK) --levels core --sizes 64 --batch 2 --variants linear castling_empty \
+	  --passes forward+backward --repeats 100 --out results/attention/empty
+	$(BENCHMARK) --levels backbone --image-sizes 512 1024 --variants softmax linear linear_native published --passes forward \
+	  --repeats 7 --out results/attention/backbone
+	$(BIN)/python tools/numerics.py --out results/attention/numerics.json
+	$(BIN)/python tools/update_tables.py
+
+# Two workers of one thread each: faster than one of two, and a busy machine slows it less.
+test: lint data
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow"
+
+# What takes longer: exports of every family, the tutorial, installing into a fresh environment.
+test-slow: $(READY) data
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m slow
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# The pages under docs/, into work_dirs/site/; a warning is an error, which --quiet would hide. `make test` builds them too.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+# 2000 iterations in bfloat16 on the tree crowns, for results/stability/: a quarter of an hour on one idle core.
+stability: $(READY) data
+	$(BIN)/python tools/stability.py
+
+# The suite on another stack, in .venv-STACK/: onedl, upstream, oldest, newest; PYTEST="..." is handed to pytest.
+test-stack: data
+	$(PYTHON) tools/test_stack.py $(STACK) --record results/stacks/$(STACK).json --pytest="$(PYTEST)"
+
+# Exact files with hashes of what the pins say. No index is recorded: hashes are the same wherever a file comes from.
+TOOLS := .venv-tools/bin
+UV_LOCK := $(TOOLS)/uv pip compile --no-config --no-python-downloads --no-header --no-annotate --no-emit-index-url \
+  --generate-hashes --python-version 3.11.5 --python-platform x86_64-manylinux_2_28
+lock: $(TOOLS)/.ready
+	$(UV_LOCK) requirements/default.txt --quiet --output-file $(LOCK).new
+	printf '# Linux, x86-64, Python 3.11 from 3.11.5 on; written by make lock from default.txt and constraints.txt.\n\n' \
+	  | cat - $(LOCK).new > $(LOCK)
+	rm $(LOCK).new
+	$(UV_LOCK) requirements/build.txt --quiet --output-file requirements/build.lock
+
+licences: $(READY)
+	$(BIN)/python tools/licences.py
+
+# --strict: a package that the vulnerability service does not answer for is an error, not a clean bill.
+audit: $(TOOLS)/.ready
+	$(TOOLS)/pip-audit --strict --require-hashes --disable-pip --requirement $(LOCK)
+
+sbom: $(TOOLS)/.ready
+	mkdir -p build
+	$(TOOLS)/cyclonedx-py requirements $(LOCK) --output-format JSON --output-reproducible --output-file build/sbom.json
+
+# Wheel and sdist, each built twice and compared.
+dist: $(READY)
+	$(BIN)/python tools/build_dist.py
+
+# Nightly: the records of docs/robustness.md. A hundred thousand files that nobody trusts, and sixty kills.
+FUZZ := $(BIN)/python -W ignore -m tests.robustness.fuzz
+fuzz: $(READY)
+	OMP_NUM_THREADS=1 $(FUZZ) --cases 100000 --out results/robustness/fuzz.json
+	$(BIN)/python tools/update_tables.py
+
+# Needs a trained demo or study for all of its commands; without one, data preparation and training alone.
+crash-test: $(READY) data
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.robustness.crashes --kills 60 --out results/robustness/crashes.json
+	$(BIN)/python tools/update_tables.py
+
+setup: $(READY)
+
+data: $(READY)
+	$(BIN)/python tools/prepare_tree_crowns.py
+
+# The lock where it applies, with a hash for every file; other Pythons and machines install the pins.
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
+$(READY): requirements/default.txt requirements/build.lock $(LOCK) setup.cfg setup.py pyproject.toml castling_det.pth
+	$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12) and "Python 3.10 to 3.12 is needed, this is " + sys.version)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	if $(BIN)/python -c 'import platform, sys; v = sys.version_info; sys.exit(not (v[:2] == (3, 11) and v >= (3, 11, 5) \
+	  and sys.platform == "linux" and platform.machine() == "x86_64" and platform.libc_ver()[0] == "glibc"))'; then \
+	  $(PIP) --no-deps --require-hashes -r requirements/build.lock && \
+	  $(PIP) --no-deps --require-hashes --no-build-isolation -r $(LOCK); \
+	else \
+	  $(PIP) "setuptools==80.9.0" wheel && $(PIP) -r requirements/default.txt; \
+	fi
+	$(PIP) --no-deps --no-build-isolation --editable .
+	touch $@
+
+$(TOOLS)/.ready: requirements/tools.txt
+	$(PYTHON) -m venv .venv-tools
+	$(TOOLS)/python -m pip install --quiet --disable-pip-version-check -r requirements/tools.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) .venv-* work_dirs build dist *.egg-info
