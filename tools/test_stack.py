@@ -46,12 +46,15 @@ STACKS = {
             "mmengine==0.10.7",
             "mmcv-lite==2.1.0",
             "mmdet==3.3.0",
-            "opencv-python==4.11.0.86",  # the last one for numpy 1
+            "onnx==1.19.1",  # the last ones for numpy 1, down to opencv
+            "ml_dtypes==0.5.3",
+            "opencv-python==4.11.0.86",
             "opencv-python-headless==4.11.0.86",
         ),
         without=(*ONEDL, "sahi"),  # sahi wants an opencv for numpy 2
     ),
-    "oldest": Stack("the default on the oldest torch", pins=("torch==2.4.1", "torchvision==0.19.1")),
+    # Older torch reads checkpoints unsafely, so that this package reads none there.
+    "oldest": Stack("the default on the oldest torch", pins=("torch==2.6.0", "torchvision==0.21.0", "sympy==1.13.1")),
     "newest": Stack("the default on the newest torch", pins=("torch==2.14.1", "torchvision==0.29.1")),
 }
 
