@@ -15,6 +15,7 @@ from castling_det.deployment.dino import DinoDecoder
 from castling_det.deployment.inputs import Normalization, normalization
 from castling_det.deployment.metadata import OUTPUT_NAMES
 from castling_det.deployment.precision import hold_norms_in_float32
+from castling_det.deployment.sizes import keep_sizes_simple
 from castling_det.deployment.two_stage import TwoStageDecoder
 from castling_det.models import fuse_detector
 
@@ -54,6 +55,7 @@ class DeployedDetector(nn.Module):
         detector = copy.deepcopy(detector).requires_grad_(False)
         # Before the precision changes: the folded weights are rounded once.
         fuse_detector(detector)
+        keep_sizes_simple(detector)
         self.normalization: Normalization = normalization(detector)
         self.preprocessing = preprocessing
         self.half_precision = half
