@@ -1,4 +1,4 @@
-"""For every test: what a stack cannot do, as the package itself says, is a skip and not a failure."""
+"""For every test: no compiled kernel that the user built; what a stack cannot do, as it says, is a skip, no failure."""
 
 from __future__ import annotations
 
@@ -7,7 +7,20 @@ from collections.abc import Generator
 import pytest
 import torch
 
+from castling_det.ops import native
+
 NO_SAFE_READING = "cannot read checkpoints safely; install torch >= 2.6"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def without_the_users_kernel(tmp_path_factory: pytest.TempPathFactory) -> Generator[None]:
+    """Plain operations, to the last bit, on every machine; the kernel's own tests build one."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("no_kernel")
+        patch.setattr(native, "_cache_folder", lambda: folder)
+        native.is_built.cache_clear()
+        yield
+    native.is_built.cache_clear()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from castling_det.conversion.manifest import FeatureDrift, LayerMask, ProbeRecord
-from castling_det.layers import MaskedAttention
+from castling_det.layers import CastlingAttention, MaskedAttention
 
 __all__ = [
     "DEFAULT_SHAPE",
@@ -29,6 +29,7 @@ __all__ = [
     "input_shape",
     "measure",
     "probe_shape",
+    "take_plain_operations",
     "worse_drift",
 ]
 
@@ -133,6 +134,8 @@ def probe_shape(config: Config, shape: tuple[int, int] | None) -> tuple[tuple[in
 def measure(config: Config, probes: Probes, hybrid: nn.Module, linear: nn.Module) -> Measurement:
     """Runs both detectors on every probe image, the hybrid with its softmax branch on."""
     layers = castling_layers(hybrid)
+    for model in (hybrid, linear):
+        take_plain_operations(model)
     occupancy: dict[str, LayerMask] = {}
     drift: dict[str, FeatureDrift] = {}
     shapes: list[tuple[int, int]] = []
@@ -165,6 +168,13 @@ def castling_layers(model: nn.Module) -> dict[str, MaskedAttention]:
         for name, module in model.named_modules()
         if isinstance(module, MaskedAttention) and module.mode == "castling"
     }
+
+
+def take_plain_operations(model: nn.Module) -> None:
+    """The hybrid's branch runs in plain operations: beside it, the compiled kernel would show its rounding as drift."""
+    for module in model.modules():
+        if isinstance(module, CastlingAttention):
+            module.native = False
 
 
 def feature_maps(model: Any, batch: Tensor) -> dict[str, Tensor]:

@@ -31,10 +31,9 @@ _TOLERANCE = 1e-5
 
 def library_path() -> Path:
     """Where the kernel lies for this torch, this processor and this version of its source."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     key = hashlib.sha256(_SOURCE.read_bytes())
     key.update(f"{torch.__version__} {platform.machine()} {_instructions()}".encode())
-    return cache / "castling_det" / f"linear_angular-{key.hexdigest()[:16]}.so"
+    return _cache_folder() / f"linear_angular-{key.hexdigest()[:16]}.so"
 
 
 def build() -> Path:
@@ -114,6 +113,10 @@ def linear_angular(qkv: Tensor, weight: Tensor | None, num_heads: int, hw: tuple
     weight = None if weight is None else weight.contiguous()
     out: Tensor = torch.ops.castling_det.linear_angular(qkv.contiguous(), weight, num_heads, *hw, normalizer == "l2")
     return out
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "castling_det"
 
 
 def _registered() -> bool:

@@ -256,7 +256,7 @@ class Counter:
 
 
 @pytest.mark.parametrize("fault", ["num_classes", "metainfo of one loader", "evaluator of another file"])
-def test_a_doomed_training_stops_in_its_first_second(data: Path, tmp_path: Path, fault: str) -> None:
+def test_a_doomed_training_stops_before_its_first_iteration(data: Path, tmp_path: Path, fault: str) -> None:
     """Without the hook the last two end after the first validation: in a real run, hours later."""
     config = sound(data)
     spoil, field, message = FAULTS[fault]
@@ -268,10 +268,9 @@ def test_a_doomed_training_stops_in_its_first_second(data: Path, tmp_path: Path,
         spoil(config)
     doomed = runner(config, tmp_path / "work")
     count = Counter(doomed)
-    start = time.process_time()
     with pytest.raises(ValueError, match="problem") as caught:
         doomed.train()
-    assert time.process_time() - start < 1 and count.started == 0
+    assert count.started == 0
     assert field in str(caught.value) and message in str(caught.value)
 
 

@@ -6,12 +6,15 @@ import shutil
 
 import pytest
 import torch
+from torch import nn
 
 from castling_det.cli import main
+from castling_det.conversion.probes import take_plain_operations
 from castling_det.layers import CastlingAttention
 from castling_det.ops import native
 from tests.compare import assert_parity
 
+ORIGINAL_FOLDER = native._cache_folder
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 
 
@@ -19,7 +22,8 @@ needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ 
 def kernel(tmp_path_factory):
     """Built once into a cache of its own; other tests run without it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setattr(native, "_cache_folder", lambda: folder)
         native.is_built.cache_clear()
         yield native.build()
     native.is_built.cache_clear()
@@ -143,7 +147,7 @@ def test_a_compiler_that_gets_it_wrong_is_found_out(monkeypatch, tmp_path):
     ("compiler", "problem"), [("/no/such/c++", "cannot be run"), ("false", "exit code 1; g\\+\\+ 11")], ids=str
 )
 def test_without_a_working_compiler_one_line_says_so(monkeypatch, tmp_path, capsys, compiler, problem):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(native, "_cache_folder", lambda: tmp_path)
     monkeypatch.setenv("CXX", compiler)
     native.is_built.cache_clear()
     with pytest.raises(OSError, match=problem):
@@ -151,6 +155,20 @@ def test_without_a_working_compiler_one_line_says_so(monkeypatch, tmp_path, caps
     assert main(["build"]) == 1 and compiler in capsys.readouterr().err
     assert not native.is_built() and list(tmp_path.rglob("*.so")) == []
     native.is_built.cache_clear()
+
+
+def test_it_lies_in_the_users_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert ORIGINAL_FOLDER() == tmp_path / "castling_det"
+
+
+@needs_compiler
+def test_a_conversion_is_measured_without_it(kernel):
+    """The softmax branch runs in plain operations: beside it the kernel's rounding would look like drift."""
+    hybrid, linear = (nn.Sequential(CastlingAttention(32, 2, mode=mode)) for mode in ("castling", "linear"))
+    for model in (hybrid, linear):
+        take_plain_operations(model)
+        assert not model[0].native
 
 
 @needs_compiler
