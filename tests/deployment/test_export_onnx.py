@@ -148,7 +148,9 @@ def test_a_file_that_differs_from_pytorch_is_not_written(exported, tmp_path, mon
         return lambda images: {name: value + (name == "boxes") for name, value in inner(images).items()}
 
     monkeypatch.setattr(exporting, "onnx_runner", shifted)
-    with pytest.raises(ValueError, match=r"differs from PyTorch beyond the tolerance at 1 x .*box 1 > 0\.1"):
+    with pytest.raises(
+        ValueError, match=r"differs from PyTorch beyond the tolerance at 1 x .*\d+ unmatched of \d+ detections"
+    ):
         exported()
     assert not list((tmp_path / "out").glob("*")) if (tmp_path / "out").exists() else True
 
