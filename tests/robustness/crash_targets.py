@@ -33,9 +33,10 @@ SHORT = (
     "randomness.seed=0",
 )
 """Of the demo's training: as it is, for fewer and smaller iterations."""
-_TIMES = re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d(:\d\d)?(\+\d\d:\d\d|Z)?")
+_PASSING = re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d(:\d\d)?(\+\d\d:\d\d|Z)?|\b[0-9a-f]{40}(\+changes)?")
+"""Times, and the commit of a checkout that people work in."""
 # Logs are written line by line; a last line that a kill cut short is read over.
-_STREAMS = ("scalars.json", ".log")
+_LOGS = "vis_data"
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,9 @@ class Target:
         """Files under their final names that are not whole."""
         found = []
         for path in sorted(folder.rglob("*")):
-            hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-            if path.is_file() and not hidden and not path.name.endswith(_STREAMS) and not _is_whole(path):
+            parts = path.relative_to(folder).parts
+            is_result = not any(part.startswith(".") for part in parts) and _LOGS not in parts and path.suffix != ".log"
+            if path.is_file() and is_result and not _is_whole(path):
                 found.append(f"{path.relative_to(folder)} is torn ({path.stat().st_size} bytes)")
         return found
 
@@ -121,10 +123,10 @@ def _prepared(folder: Path) -> dict[str, str]:
 
 
 def _reported(folder: Path) -> dict[str, str]:
-    """Without the times and the folder's own name."""
+    """Without times, commit, and the folder's own name."""
     found = {}
     for name in ("report.json", "report.md", "index.html"):
-        found[name] = _hash(_TIMES.sub("TIME", (folder / name).read_text()).replace(str(folder), "FOLDER"))
+        found[name] = _hash(_PASSING.sub("", (folder / name).read_text()).replace(str(folder), "FOLDER"))
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import math
@@ -69,7 +70,7 @@ def mutated_json(content: bytes, rng: random.Random) -> bytes:
         parent, key = rng.choice(places)
         match rng.randrange(6):
             case 0 | 1 | 2:
-                parent[key] = rng.choice(HOSTILE_VALUES)
+                parent[key] = copy.deepcopy(rng.choice(HOSTILE_VALUES))  # later changes may go into it
             case 3:
                 del parent[key]
             case 4:

@@ -41,6 +41,8 @@ def test_cases_are_the_same_again(found: dict[str, Reader]) -> None:
     reader = found["checkpoint"]
     assert mutated(reader, "checkpoint", 0, 5) == mutated(reader, "checkpoint", 0, 5)
     assert mutated(reader, "checkpoint", 0, 5) != mutated(reader, "checkpoint", 1, 5)
+    before = [mutated(found["annotations"], "annotations", 0, number) for number in range(50)]
+    assert before == [mutated(found["annotations"], "annotations", 0, number) for number in range(50)]
 
 
 @pytest.mark.parametrize(

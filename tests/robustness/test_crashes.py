@@ -1,0 +1,80 @@
+"""A seeded sample of `make crash-test`: real commands are killed and started again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from castling_det.analysis.robustness import CrashReport, CrashTarget, crash_markdown, read_crashes, write_crashes
+from tests.analysis.records import MACHINE
+from tests.robustness.crash_targets import Target, load_libraries, targets
+from tests.robustness.crashes import crash_target
+
+KILLS = {"data preparation": 2, "demo training": 3}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> None:
+    """Forks of a process whose libraries run threads would wait for them forever."""
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("name", KILLS)
+def test_killed_commands_start_again_and_end_the_same(tmp_path: Path, name: str) -> None:
+    found = {target.name: target for target in targets()}
+    if name not in found:
+        pytest.skip("run tools/prepare_tree_crowns.py (make test does)")
+    load_libraries()
+    record = crash_target(found[name], kills=KILLS[name], seed=1, folder=tmp_path)
+    assert record == CrashTarget(name, KILLS[name], KILLS[name], KILLS[name], record.leftovers, ())
+
+
+IN_PLACE = """
+import json, pathlib, sys, time
+path = pathlib.Path(sys.argv[1], "result.json")
+text = json.dumps(list(range(2000)))
+with path.open("w") as file:
+    for start in range(0, len(text), 1000):
+        file.write(text[start:start + 1000])
+        file.flush()
+        time.sleep(0.03)
+"""
+ONCE = """
+import pathlib, sys, time
+path = pathlib.Path(sys.argv[1], "result.txt")
+again = path.exists()
+path.write_text("x")
+time.sleep(0.3)
+path.write_text("second" if again else "first")
+"""
+
+
+def script(tmp_path: Path, text: str, result: str) -> Target:
+    path = tmp_path / "script.py"
+    path.write_text(text)
+    return Target(
+        "script", lambda folder: [str(path), str(folder)], lambda folder: {"x": (folder / result).read_text()}
+    )
+
+
+def test_control_a_torn_file_is_noticed(tmp_path: Path) -> None:
+    record = crash_target(script(tmp_path, IN_PLACE, "result.json"), kills=6, seed=0, folder=tmp_path)
+    assert record.kills == record.finished == record.equal == 6
+    assert record.bad and all("result.json is torn" in text for text in record.bad)
+
+
+def test_control_another_result_is_noticed(tmp_path: Path) -> None:
+    record = crash_target(script(tmp_path, ONCE, "result.txt"), kills=3, seed=0, folder=tmp_path)
+    assert record.finished == 3 and record.equal < 3
+    assert any("another result in x" in text for text in record.bad)
+
+
+def test_the_record_comes_back_and_is_tabulated(tmp_path: Path) -> None:
+    targets = (CrashTarget("a", 3, 3, 2, 1, ("2: another result in x",)), CrashTarget("b", 4, 4, 4, 0, ()))
+    report = CrashReport("python -m tests.robustness.crashes", 0, 90.0, MACHINE, targets)
+    write_crashes(tmp_path / "crashes.json", report)
+    assert read_crashes(tmp_path / "crashes.json") == report
+    (total,) = (line for line in crash_markdown(report).splitlines() if line.startswith("| all"))
+    assert [int(cell) for cell in total.split("|")[2:-1]] == [7, 7, 6, 1, 1]
