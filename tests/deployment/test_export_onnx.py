@@ -201,6 +201,20 @@ def test_attention_outside_of_the_backbone_is_found_by_what_it_multiplies():
     assert [use.is_attention for use in softmax_uses(torch.export.export(Scores(), (image,)))] == [False]
 
 
+def test_a_softmax_inside_the_backbone_is_attention_whatever_it_multiplies():
+    class Detector(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.backbone, self.head = torch.nn.Softmax(-1), torch.nn.Softmax(-1)
+
+        def forward(self, x):
+            return self.backbone(x), self.head(x)
+
+    program = torch.export.export(Detector(), (torch.randn(2, 3),))
+    found = {use.path: use.is_attention for use in softmax_uses(program)}
+    assert found == {"backbone": True, "head": False}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["picodet_levit", "rtmdet_levit", "gfl_mvit", "retinanet_vit", "mask_rcnn_vit"])
 def test_every_family_exports(deployable, tmp_path, family):
