@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from castling_det.layers.local_conv import LocalConv
-from castling_det.ops import NORMALIZERS, MaskedSoftmax, linear_angular_packed, masked_softmax_packed, native
+from castling_det.ops import (
+    NORMALIZERS,
+    MaskedSoftmax,
+    centered_keys_packed,
+    linear_angular_packed,
+    masked_softmax_packed,
+    native,
+)
 
 __all__ = ["ATTENTION_MODES", "THRESHOLD_UNITS", "CastlingAttention", "HeadInputs", "MaskStats", "MaskedAttention"]
 
@@ -59,6 +66,8 @@ class MaskedAttention(nn.Module):
     Args:
         mode: `"softmax"`, `"linear"` or `"castling"`.
         normalizer: `"l2"` (published) or `"kernel"`, see `castling_det.ops.linear_angular_attention`.
+        center_keys: take the mean over the tokens from the keys, which softmax does not see and a cosine does; see
+            `castling_det.ops.centered_keys`. Published: False. Nothing changes in `"softmax"`.
         threshold: probabilities above it are kept by the mask; published 0.02.
         threshold_unit: `"absolute"` (published), or `"uniform"`: multiples of 1/N, the probability of a uniform row.
         eval_aux: keep the masked softmax branch in eval mode.
@@ -68,7 +77,16 @@ class MaskedAttention(nn.Module):
         mask_stats: what the mask kept in the last forward with the branch; None before.
     """
 
-    def __init__(self, *, mode: str, normalizer: str, threshold: float, threshold_unit: str, eval_aux: bool) -> None:
+    def __init__(
+        self,
+        *,
+        mode: str,
+        normalizer: str,
+        center_keys: bool,
+        threshold: float,
+        threshold_unit: str,
+        eval_aux: bool,
+    ) -> None:
         super().__init__()
         _check_choice("mode", mode, ATTENTION_MODES)
         _check_choice("normalizer", normalizer, NORMALIZERS)
@@ -79,11 +97,17 @@ class MaskedAttention(nn.Module):
             raise ValueError(f"eval_aux=True: only mode='castling' has the softmax branch, got mode={mode!r}")
         self.mode = mode
         self.normalizer = normalizer
+        self.center_keys = center_keys
         self.threshold = float(threshold)
         self.threshold_unit = threshold_unit
         self.aux_scale = 1.0
         self.eval_aux = eval_aux
         self.mask_stats: MaskStats | None = None
+
+    @property
+    def centers_keys(self) -> bool:
+        """Whether the forward takes the mean from the keys: in softmax mode it would change nothing."""
+        return self.center_keys and self.mode != "softmax"
 
     def absolute_threshold(self, num_tokens: int) -> float:
         """The threshold as a probability for rows over `num_tokens` keys."""
@@ -138,6 +162,7 @@ class CastlingAttention(MaskedAttention):
         qkv_bias: whether `qkv` has a bias. Published: False; ViTs: True.
         mode: `"softmax"`, `"linear"` or `"castling"`.
         normalizer: `"l2"` (published) or `"kernel"`, see `castling_det.ops.linear_angular_attention`.
+        center_keys: as in `MaskedAttention`; published False.
         local_conv: `"image"`, `"tokens"` (published), or None for no local convolution in any mode.
         local_conv_kernel_size: odd k of `local_conv="image"`.
         threshold: probabilities above it are kept by the mask; published 0.02.
@@ -158,6 +183,7 @@ class CastlingAttention(MaskedAttention):
         qkv_bias: bool = True,
         mode: str = "castling",
         normalizer: str = "l2",
+        center_keys: bool = False,
         local_conv: str | None = "image",
         local_conv_kernel_size: int = 3,
         threshold: float = 0.02,
@@ -167,7 +193,12 @@ class CastlingAttention(MaskedAttention):
         proj_drop: float = 0.0,
     ) -> None:
         super().__init__(
-            mode=mode, normalizer=normalizer, threshold=threshold, threshold_unit=threshold_unit, eval_aux=eval_aux
+            mode=mode,
+            normalizer=normalizer,
+            center_keys=center_keys,
+            threshold=threshold,
+            threshold_unit=threshold_unit,
+            eval_aux=eval_aux,
         )
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f"num_heads={num_heads}: expected a divisor of dim={dim}; change num_heads or embed_dims")
@@ -204,19 +235,26 @@ class CastlingAttention(MaskedAttention):
                 f"x: expected (B, {self.num_prefix_tokens} + {hw[0]} * {hw[1]}, {self.dim}) for hw={tuple(hw)}, "
                 f"got {tuple(x.shape)}; pass the height and width of the map that x was flattened from"
             )
-        out: Tensor = self.proj_drop(self.proj(self.attend(self.qkv(x), hw)))
+        out: Tensor = self.proj_drop(self.proj(self.attend(self.project(x), hw)))
         return out
 
     def head_inputs(self, x: Tensor, hw: tuple[int, int]) -> HeadInputs:
         """As in `MaskedAttention`; x is (B, N, C)."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = self.project(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         return HeadInputs(q, k, v, None, hw, hw, self.num_prefix_tokens)
 
+    def project(self, x: Tensor) -> Tensor:
+        """Packed queries, keys (centred) and values of tokens (B, N, C), each of them head by head: (B, N, 3 * C)."""
+        qkv: Tensor = self.qkv(x)
+        if not self.centers_keys:
+            return qkv
+        return centered_keys_packed(qkv.unflatten(-1, (3, self.num_heads, -1))).flatten(-3)
+
     def attend(self, qkv: Tensor, hw: tuple[int, int]) -> Tensor:
-        """The core: everything between the projections `qkv` and `proj`, local convolution included.
+        """The core: everything between `project` and `proj`, local convolution included.
 
         Args:
-            qkv: packed queries, keys and values, (B, N, 3 * C), each of them head by head.
+            qkv: packed queries, keys and values, (B, N, 3 * C), as `project` gives them.
             hw: height and width of the feature map.
 
         Returns:
@@ -267,8 +305,8 @@ class CastlingAttention(MaskedAttention):
     def extra_repr(self) -> str:
         """The options, for `print(model)`."""
         return (
-            f"mode={self.mode!r}, normalizer={self.normalizer!r}, threshold={self.threshold}, "
-            f"threshold_unit={self.threshold_unit!r}, num_heads={self.num_heads}"
+            f"mode={self.mode!r}, normalizer={self.normalizer!r}, center_keys={self.center_keys}, "
+            f"threshold={self.threshold}, threshold_unit={self.threshold_unit!r}, num_heads={self.num_heads}"
         )
 
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from castling_det.layers.attention import HeadInputs, MaskedAttention
 from castling_det.layers.linear_norm import LinearNorm
 from castling_det.layers.local_conv import LocalConv
-from castling_det.ops import linear_angular_attention, masked_softmax
+from castling_det.ops import centered_keys, linear_angular_attention, masked_softmax
 
 __all__ = ["LevitAttention", "resized_biases", "subsampled_hw"]
 
@@ -80,7 +80,7 @@ class LevitAttention(MaskedAttention):
         attn_ratio: channels of a head's values over `key_dim`.
         query_stride: 1, or 2 for queries at every second row and column.
         resolution: height and width of the map that the biases are kept for; other maps interpolate them.
-        mode, normalizer, threshold, threshold_unit, eval_aux: as in `MaskedAttention`.
+        mode, normalizer, center_keys, threshold, threshold_unit, eval_aux: as in `MaskedAttention`.
         local_conv, local_conv_kernel_size: as in `CastlingAttention`.
 
     Attributes:
@@ -100,6 +100,7 @@ class LevitAttention(MaskedAttention):
         resolution: int = 14,
         mode: str = "castling",
         normalizer: str = "l2",
+        center_keys: bool = False,
         local_conv: str | None = "image",
         local_conv_kernel_size: int = 3,
         threshold: float = 0.02,
@@ -107,7 +108,12 @@ class LevitAttention(MaskedAttention):
         eval_aux: bool = False,
     ) -> None:
         super().__init__(
-            mode=mode, normalizer=normalizer, threshold=threshold, threshold_unit=threshold_unit, eval_aux=eval_aux
+            mode=mode,
+            normalizer=normalizer,
+            center_keys=center_keys,
+            threshold=threshold,
+            threshold_unit=threshold_unit,
+            eval_aux=eval_aux,
         )
         if min(key_dim, num_heads, query_stride) < 1:
             raise ValueError(
@@ -161,7 +167,7 @@ class LevitAttention(MaskedAttention):
         return out
 
     def _projected(self, x: Tensor, hw: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, M, H, K), keys (B, N, H, K) and values (B, N, H, V)."""
+        """Queries (B, M, H, K), keys (B, N, H, K) and values (B, N, H, V); the keys centred."""
         if self.query_stride == 1:
             heads = self.qkv(x).unflatten(-1, (self.num_heads, -1))
             q_BMHK, k_BNHK, v_BNHV = heads.split([self.key_dim, self.key_dim, self.value_dim], dim=-1)
@@ -169,6 +175,8 @@ class LevitAttention(MaskedAttention):
             heads = self.kv(x).unflatten(-1, (self.num_heads, -1))
             k_BNHK, v_BNHV = heads.split([self.key_dim, self.value_dim], dim=-1)
             q_BMHK = self.q(_subsampled(x, hw, self.query_stride)).unflatten(-1, (self.num_heads, -1))
+        if self.centers_keys:
+            k_BNHK = centered_keys(k_BNHK.transpose(1, 2)).transpose(1, 2)
         return q_BMHK, k_BNHK, v_BNHV
 
     def head_inputs(self, x: Tensor, hw: tuple[int, int]) -> HeadInputs:
@@ -249,9 +257,9 @@ class LevitAttention(MaskedAttention):
     def extra_repr(self) -> str:
         """The options, for `print(model)`."""
         return (
-            f"mode={self.mode!r}, normalizer={self.normalizer!r}, threshold={self.threshold}, "
-            f"threshold_unit={self.threshold_unit!r}, num_heads={self.num_heads}, key_dim={self.key_dim}, "
-            f"value_dim={self.value_dim}"
+            f"mode={self.mode!r}, normalizer={self.normalizer!r}, center_keys={self.center_keys}, "
+            f"threshold={self.threshold}, threshold_unit={self.threshold_unit!r}, num_heads={self.num_heads}, "
+            f"key_dim={self.key_dim}, value_dim={self.value_dim}"
         )
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from castling_det.layers.attention import HeadInputs, MaskedAttention
 from castling_det.layers.local_conv import LocalConv
 from castling_det.layers.relative_position import relative_position_logits, table_length
-from castling_det.ops import linear_angular_attention, masked_softmax
+from castling_det.ops import centered_keys, linear_angular_attention, masked_softmax
 
 __all__ = ["PooledAttention", "pooled_hw"]
 
@@ -52,6 +52,7 @@ class PooledAttention(MaskedAttention):
         qkv_bias: whether `qkv` has a bias.
         mode: `"softmax"`, `"linear"` or `"castling"`.
         normalizer: `"l2"` (published) or `"kernel"`, see `castling_det.ops.linear_angular_attention`.
+        center_keys: as in `MaskedAttention`, after the pooling; published False.
         local_conv: `"image"`, `"tokens"` (published), or None for no local convolution in any mode.
         local_conv_kernel_size: odd k of `local_conv="image"`.
         threshold: probabilities above it are kept by the mask; published 0.02.
@@ -71,6 +72,7 @@ class PooledAttention(MaskedAttention):
         qkv_bias: bool = True,
         mode: str = "castling",
         normalizer: str = "l2",
+        center_keys: bool = False,
         local_conv: str | None = "image",
         local_conv_kernel_size: int = 3,
         threshold: float = 0.02,
@@ -78,7 +80,12 @@ class PooledAttention(MaskedAttention):
         eval_aux: bool = False,
     ) -> None:
         super().__init__(
-            mode=mode, normalizer=normalizer, threshold=threshold, threshold_unit=threshold_unit, eval_aux=eval_aux
+            mode=mode,
+            normalizer=normalizer,
+            center_keys=center_keys,
+            threshold=threshold,
+            threshold_unit=threshold_unit,
+            eval_aux=eval_aux,
         )
         dim_out = dim if dim_out is None else dim_out
         if num_heads < 1 or dim_out % num_heads:
@@ -146,6 +153,8 @@ class PooledAttention(MaskedAttention):
         q = _pooled(q, hw, self.pool_q, self.norm_q)
         k = _pooled(k, hw, self.pool_k, self.norm_k)
         v = _pooled(v, hw, self.pool_v, self.norm_v)
+        if self.centers_keys:
+            k = centered_keys(k)
         logits = None
         if self.mode == "softmax":
             logits = relative_position_logits(q, query_hw, key_hw, self.rel_pos_h, self.rel_pos_w)
@@ -200,9 +209,9 @@ class PooledAttention(MaskedAttention):
     def extra_repr(self) -> str:
         """The options, for `print(model)`."""
         return (
-            f"mode={self.mode!r}, normalizer={self.normalizer!r}, threshold={self.threshold}, "
-            f"threshold_unit={self.threshold_unit!r}, num_heads={self.num_heads}, stride_q={self.stride_q}, "
-            f"stride_kv={self.stride_kv}"
+            f"mode={self.mode!r}, normalizer={self.normalizer!r}, center_keys={self.center_keys}, "
+            f"threshold={self.threshold}, threshold_unit={self.threshold_unit!r}, num_heads={self.num_heads}, "
+            f"stride_q={self.stride_q}, stride_kv={self.stride_kv}"
         )
 
 

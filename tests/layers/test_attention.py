@@ -223,3 +223,28 @@ def test_macs_of_the_deployed_forward():
     softmax, linear = (CastlingAttention(24, 3, mode=mode).macs(100) for mode in ("softmax", "linear"))
     assert softmax == dict(attention_scores=240_000, attention_values=240_000, projections=230_400, local_conv=21_600)
     assert linear == dict(attention_scores=19_200, attention_values=19_200, projections=230_400, local_conv=21_600)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("normalizer", ["l2", "kernel"])
+@pytest.mark.parametrize("mode", ATTENTION_MODES)
+def test_centred_keys(mode, normalizer, grad):
+    options = dict(mode=mode, normalizer=normalizer, threshold=0.02, threshold_unit="absolute")
+    plain, centred = (
+        randomised(CastlingAttention(24, 3, center_keys=center, **options).double()) for center in (False, True)
+    )
+    x = tokens_of((5, 7)) + 0.5
+    with torch.set_grad_enabled(grad):
+        found = centred(x, (5, 7))
+    q, k, v = plain.qkv(x).unflatten(-1, (3, 3, 8)).permute(2, 0, 3, 1, 4)
+    k = k - k.mean(dim=2, keepdim=True)
+    if mode == "softmax":
+        y = F.scaled_dot_product_attention(q, k, v)
+    else:
+        aux = naive.masked_softmax(q, k, v, 0.02) if mode == "castling" else None
+        y = naive.linear_angular_attention(q, k, v, normalizer=normalizer, aux=aux)
+    local = plain.dconv(v.transpose(1, 2).flatten(-2), (5, 7))
+    expected = plain.proj(y.transpose(1, 2).flatten(-2) + local)
+    assert_parity(found, expected, rms=1e-12, maximum=1e-11)
+    far, _ = errors(plain(x, (5, 7)), expected)
+    assert far < 1e-12 if mode == "softmax" else far > 1e-3

@@ -60,6 +60,7 @@ def rebuilt(layer: CastlingAttention, attention: type[AttentionT], **changes: An
         "qkv_bias": layer.qkv.bias is not None,
         "mode": layer.mode,
         "normalizer": layer.normalizer,
+        "center_keys": layer.center_keys,
         "local_conv": None if conv is None else conv.kind,
         "local_conv_kernel_size": conv.kernel_size[0] if conv is not None and on_image else 3,
         "threshold": layer.threshold,

@@ -65,6 +65,7 @@ class CastlingLeViT(BaseModule):
         arch: `"128S"`, `"128"`, `"192"`, `"256"`, `"384"`, or a dict with the fields of `LeViTArchitecture`.
         attention: `"softmax"` (baseline), `"castling"` (hybrid while training) or `"linear"` (what is deployed).
         normalizer: `"l2"` (published) or `"kernel"`, of the linear branch.
+        center_keys: take the mean over the tokens from the keys of the linear branch; published False.
         local_conv: `"image"`, `"tokens"` (published) or None; the depthwise convolution on the values in every mode.
         local_conv_kernel_size: odd kernel size of `local_conv="image"`.
         threshold: start value of the mask, in `threshold_unit`; `MaskAnnealingHook` moves it.
@@ -93,6 +94,7 @@ class CastlingLeViT(BaseModule):
         *,
         attention: str = "castling",
         normalizer: str = "l2",
+        center_keys: bool = False,
         local_conv: str | None = "image",
         local_conv_kernel_size: int = 3,
         threshold: float = 0.02,
@@ -130,6 +132,7 @@ class CastlingLeViT(BaseModule):
             key_dim=architecture.key_dim,
             mode=attention,
             normalizer=normalizer,
+            center_keys=center_keys,
             local_conv=local_conv,
             local_conv_kernel_size=local_conv_kernel_size,
             threshold=threshold,

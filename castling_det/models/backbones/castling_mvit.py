@@ -53,6 +53,7 @@ class CastlingMViT(BaseModule):
         kv_pooling: pool keys and values by MViTv2's strides. False: they keep the queries' grid, so that the linear
             branch is the published formula in every block, at a cost that is linear in the tokens.
         normalizer: `"l2"` (published) or `"kernel"`, of the linear branch.
+        center_keys: take the mean over the tokens from the keys of the linear branch; published False.
         local_conv: `"image"`, `"tokens"` (published) or None; the depthwise convolution on the values in every mode.
         local_conv_kernel_size: odd kernel size of `local_conv="image"`.
         threshold: start value of the mask, in `threshold_unit`; `MaskAnnealingHook` moves it.
@@ -84,6 +85,7 @@ class CastlingMViT(BaseModule):
         attention: str = "castling",
         kv_pooling: bool = True,
         normalizer: str = "l2",
+        center_keys: bool = False,
         local_conv: str | None = "image",
         local_conv_kernel_size: int = 3,
         threshold: float = 0.02,
@@ -127,6 +129,7 @@ class CastlingMViT(BaseModule):
             qkv_bias=qkv_bias,
             mode=attention,
             normalizer=normalizer,
+            center_keys=center_keys,
             local_conv=local_conv,
             local_conv_kernel_size=local_conv_kernel_size,
             threshold=threshold,

@@ -1,7 +1,7 @@
-# 2400 iterations from scratch, minutes on two CPU cores: the demo's recipe, the same for every attention.
+# 1600 iterations from scratch, minutes on two CPU cores: the demo's recipe, the same for every attention.
 _base_ = "mmdet::_base_/default_runtime.py"
 
-max_iters = 2400
+max_iters = 1600
 train_cfg = dict(type="IterBasedTrainLoop", max_iters=max_iters, val_interval=max_iters // 4)
 val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")
