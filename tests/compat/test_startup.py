@@ -30,7 +30,7 @@ def python(code: str, *flags: str, path: Path | None = ROOT) -> subprocess.Compl
         environment["PYTHONPATH"] = str(path)
     # Where the package is installed its .pth has run already; each test starts without the hooks.
     command = [sys.executable, *flags, "-c", f"import sys\n{WITHOUT_HOOKS}\n{code}"]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd="/", timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd="/", timeout=300)
 
 
 def answer(code: str) -> Any:

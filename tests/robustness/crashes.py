@@ -27,7 +27,8 @@ from castling_det.analysis.robustness import CrashReport, CrashTarget, crash_mar
 from tests.robustness.crash_targets import ROOT, Target, load_libraries, targets
 
 TRIES = 8
-"""Attempts at a moment before the command's end; one that ends first is no kill."""
+EARLIER = 0.7
+"""Attempts at a moment before the command's end; one that ends first is no kill, and the next comes earlier."""
 
 
 @dataclass
@@ -128,10 +129,10 @@ def crash(target: Target, reference: Reference, folder: Path, rng: random.Random
         target.prepare(part)
         process = start(target, part)
         if number % 2:
-            wait_for_change(process, part, rng.randint(1, reference.changes))
+            wait_for_change(process, part, rng.randint(1, max(1, round(EARLIER**attempt * reference.changes))))
             time.sleep(rng.uniform(0, 0.02))
         else:
-            process.join(rng.uniform(0, 0.95 * reference.seconds))
+            process.join(rng.uniform(0, 0.95 * EARLIER**attempt * reference.seconds))
         if kill(process):
             break
     else:
