@@ -53,9 +53,11 @@ lint: $(READY)
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-# 2000 iterations in bfloat16 on the tree crowns, for results/stability/: a quarter of an hour on one idle core.
+# 2000 iterations in bfloat16 and in float16, which most CPUs emulate and which takes one image at a time for that reason, on
+# the tree crowns, for results/stability/: a quarter of an hour each on an idle core.
 stability: $(READY) data
 	$(BIN)/python tools/stability.py
+	$(BIN)/python tools/stability.py --precision fp16 --batch-size 1
 
 # The suite on another stack, in .venv-STACK/: onedl, upstream, oldest, newest; PYTEST="..." is handed to pytest.
 test-stack: data

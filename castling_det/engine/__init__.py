@@ -5,6 +5,7 @@ from castling_det.engine.class_count import ClassCountHook
 from castling_det.engine.cycle_ema import CycleEMAHook
 from castling_det.engine.dashboard import DashboardHook
 from castling_det.engine.exact_resume import ExactResumeHook
+from castling_det.engine.fp16 import Fp16OptimWrapper
 from castling_det.engine.layer_decay import LayerDecayOptimWrapperConstructor
 from castling_det.engine.mask_annealing import MaskAnnealingHook
 from castling_det.engine.schedules import SCHEDULES, MaskState, mask_state
@@ -17,6 +18,7 @@ __all__ = [
     "CycleEMAHook",
     "DashboardHook",
     "ExactResumeHook",
+    "Fp16OptimWrapper",
     "LayerDecayOptimWrapperConstructor",
     "MaskAnnealingHook",
     "MaskState",
