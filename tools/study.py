@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # The published block: 9 x 1 convolution along the raster, an absolute threshold of 0.02 that stays until the mask is
 # emptied for good. The rows after it change one option of it each; the last one is the config as it stands.
 PUBLISHED = {
+    "model.backbone.center_keys": "False",
     "model.backbone.local_conv": "tokens",
     "model.backbone.threshold_unit": "absolute",
     "model.backbone.threshold": "0.02",
@@ -23,11 +24,12 @@ PUBLISHED = {
     "custom_hooks.2.end": "1.0",
 }
 VARIANTS = {
-    "softmax": Variant("softmax", {"model.backbone.local_conv": "None"}, "a vanilla ViT"),
-    "softmax-conv": Variant("softmax", {}, "softmax and the local convolution of the linear models"),
+    "softmax": Variant("softmax", {}, "softmax and the local convolution of the linear models"),
+    "softmax-plain": Variant("softmax", {"model.backbone.local_conv": "None"}, "a vanilla ViT"),
     "linear": Variant("linear", {}, "linear from the start"),
     "published": Variant("castling", PUBLISHED, "castling with the published options"),
     "kernel": Variant("castling", {**PUBLISHED, "model.backbone.normalizer": "kernel"}, "normaliser"),
+    "center-keys": Variant("castling", {**PUBLISHED, "model.backbone.center_keys": "True"}, "centred keys"),
     "image-conv": Variant("castling", {**PUBLISHED, "model.backbone.local_conv": "image"}, "local convolution"),
     "uniform": Variant(
         "castling",
@@ -47,7 +49,7 @@ VARIANTS = {
 def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work-dir", type=Path, default=Path("work_dirs/options"), help="where everything is written")
+    parser.add_argument("--work-dir", type=Path, default=Path("work_dirs/study"), help="shared with tools/demo.py")
     parser.add_argument("--data-root", type=Path, default=Path("data/tree_crowns"), help="where the data was prepared")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="rows (default: all)")
     parser.add_argument("--baseline", choices=VARIANTS, default="softmax", help="what the others are compared with")
@@ -78,7 +80,7 @@ def main() -> int:
     except StepFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print((args.work_dir / "report" / "report.md").read_text(encoding="utf-8"))
+    print((args.work_dir / "options" / "report.md").read_text(encoding="utf-8"))
     return 0
 
 

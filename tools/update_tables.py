@@ -6,6 +6,7 @@ A table stands between `<!-- begin table NAME: python tools/update_tables.py -->
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Callable
@@ -64,13 +65,53 @@ def peers() -> str:
     return peers_markdown()
 
 
+def stacks() -> str:
+    """What the suite said on each stack, or that it has not been run there."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    from test_stack import STACKS  # beside this file
+
+    from castling_det.analysis.markdown_table import markdown_table
+
+    body = []
+    for name, stack in STACKS.items():
+        path = RESULTS / "stacks" / f"{name}.json"
+        command = f"`make test-stack STACK={name}`"
+        if not path.is_file():
+            pins = [pin.replace("==", " ") for pin in stack.pins if pin.startswith(("torch==", "numpy==", "mm"))]
+            body.append([name, ", ".join(pins) or "requirements/default.txt", "not recorded", "", "", command, ""])
+            continue
+        record = json.loads(path.read_text(encoding="utf-8"))
+        found = record["versions"]
+        shown = [f"{key} {found[key]}" for key in found if not key.startswith(("torchvision", "timm"))]
+        counts = [str(record[key]) for key in ("passed", "failed", "skipped")]
+        body.append([name, ", ".join(shown), *counts, f"`{record['command']}`", record["commit"][:7]])
+    return "\n".join(markdown_table(["stack", "versions", "passed", "failed", "skipped", "command", "commit"], body))
+
+
+def fuzz() -> str:
+    """Cases of the fuzz."""
+    from castling_det.analysis.robustness import fuzz_markdown, read_fuzz
+
+    return fuzz_markdown(read_fuzz(RESULTS / "robustness" / "fuzz.json"))
+
+
+def crashes() -> str:
+    """Kills of our commands."""
+    from castling_det.analysis.robustness import crash_markdown, read_crashes
+
+    return crash_markdown(read_crashes(RESULTS / "robustness" / "crashes.json"))
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "stacks": stacks,
     "tree_crowns": tree_crowns,
     "tree_crowns_variants": tree_crowns_variants,
     "attention_goals": attention_goals,
     "attention_numerics": attention_numerics,
     "model_zoo": model_zoo,
     "peers": peers,
+    "fuzz": fuzz,
+    "crashes": crashes,
 }
 
 

@@ -70,7 +70,7 @@ def study_steps(study: Study) -> list[Step]:
     report = report_step(
         study.tools / "report.py",
         [f"{name}={study.folder(seed, name)}" for seed, name in runs],
-        study.work_dir / "report",
+        study.work_dir / "options",
         baseline=study.baseline,
         deployed=list(study.variants)[-1],
         annotations=study.annotations,

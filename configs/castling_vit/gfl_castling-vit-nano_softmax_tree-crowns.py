@@ -1,7 +1,7 @@
 _base_ = [
     "../_base_/models/gfl_castling-vit-nano.py",
     "../_base_/datasets/tree_crowns.py",
-    "../_base_/schedules/tree_crowns_1600it.py",
+    "../_base_/schedules/tree_crowns_2400it.py",
 ]
 
 model = dict(
