@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from castling_det.experiments import StepFailed, Study, Variant, run_steps, study_steps
@@ -46,14 +47,29 @@ VARIANTS = {
 }
 
 
+def recipe(max_iters: int) -> dict[str, str]:
+    """What the demo's recipe becomes in another number of iterations."""
+    return {
+        "max_iters": str(max_iters),
+        "train_cfg.max_iters": str(max_iters),
+        "train_cfg.val_interval": str(max_iters // 4),
+        "param_scheduler.1.end": str(max_iters),
+        "param_scheduler.1.T_max": str(max_iters - 40),
+        "default_hooks.checkpoint.interval": str(max_iters // 4),
+    }
+
+
 def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work-dir", type=Path, default=Path("work_dirs/study"), help="shared with tools/demo.py")
+    parser.add_argument("--work-dir", type=Path, default=Path("work_dirs/options"), help="where everything is written")
     parser.add_argument("--data-root", type=Path, default=Path("data/tree_crowns"), help="where the data was prepared")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="rows (default: all)")
     parser.add_argument("--baseline", choices=VARIANTS, default="softmax", help="what the others are compared with")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="runs of each row (default: 0 1 2)")
+    parser.add_argument(
+        "--max-iters", type=int, default=1600, help="of every training, instead of the config's (default: 1600)"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="commands that run at once, sharing the cores (default: 2)")
     return parser.parse_args()
 
@@ -68,7 +84,11 @@ def main() -> int:
         tools=ROOT / "tools",
         prefix="gfl_castling-vit-nano",
         suffix="tree-crowns",
-        variants={name: VARIANTS[name] for name in VARIANTS if name in {*args.variants, args.baseline}},
+        variants={
+            name: replace(variant, options={**recipe(args.max_iters), **variant.options})
+            for name, variant in VARIANTS.items()
+            if name in {*args.variants, args.baseline}
+        },
         baseline=args.baseline,
         train_annotations=annotations.with_name("train.json"),
         annotations=annotations,
@@ -80,7 +100,7 @@ def main() -> int:
     except StepFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print((args.work_dir / "options" / "report.md").read_text(encoding="utf-8"))
+    print((args.work_dir / "report" / "report.md").read_text(encoding="utf-8"))
     return 0
 
 

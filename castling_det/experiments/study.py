@@ -55,7 +55,7 @@ class Study:
         """The file name that mmengine gives the last checkpoint of a training."""
         from mmengine.config import Config
 
-        max_iters = variant.options.get("train_cfg.max_iters") or Config.fromfile(self.config(variant)).max_iters
+        max_iters = variant.options.get("max_iters") or Config.fromfile(self.config(variant)).max_iters
         return f"iter_{max_iters}.pth"
 
     def folder(self, seed: int, name: str) -> Path:
@@ -70,7 +70,7 @@ def study_steps(study: Study) -> list[Step]:
     report = report_step(
         study.tools / "report.py",
         [f"{name}={study.folder(seed, name)}" for seed, name in runs],
-        study.work_dir / "options",
+        study.work_dir / "report",
         baseline=study.baseline,
         deployed=list(study.variants)[-1],
         annotations=study.annotations,
