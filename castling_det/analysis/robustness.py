@@ -110,7 +110,7 @@ def fuzz_markdown(report: FuzzReport) -> str:
     failures = sum(len(target.failures) for target in report.targets)
     rows.append(["all", *map(str, (*total, failures))])
     head = ["reader", "cases", "still valid", "refused by name", "anything else"]
-    note = f"`{report.command}`, {report.seconds / 60:.0f} minutes of one core."
+    note = f"`{report.command}`, {report.seconds:.0f} seconds of one core."
     return "\n".join([*markdown_table(head, rows), "", note, "", machine_line(report.machine), ""])
 
 
