@@ -43,6 +43,7 @@ VARIANTS = {
         "mask unit",
     ),
     "geometric": Variant("castling", {**PUBLISHED, "custom_hooks.2.schedule": "geometric"}, "schedule"),
+    "centered": Variant("castling", {"model.backbone.center_keys": "True"}, "our options and centred keys"),
     "castling": Variant("castling", {}, "castling with our options"),
 }
 
