@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 LOCK := requirements/py311-linux-x86_64.lock
 STACK ?= onedl
 
-.PHONY: demo study uptrain benchmarks test test-slow test-stack stability lint docs setup data lock licences audit sbom dist fuzz crash-test clean
+.PHONY: demo study uptrain exports deployed-latency benchmarks test test-slow test-stack stability lint docs setup data lock licences audit sbom dist fuzz crash-test clean
 
 demo: $(READY) data
 	$(BIN)/python tools/demo.py
@@ -17,7 +17,22 @@ study: $(READY) data
 
 # The study's softmax detectors become linear ones in a quarter of their iterations.
 uptrain: study
-	$(BIN)/python tools/uptrain.py
+	$(BIN)/python tools/uptrain.py --distill
+
+# Exported files of an uptrained ViT and of the LeViT, their mAP beside PyTorch's; and the latency of a ViT-S in each runtime.
+VIT := configs/castling_vit/gfl_castling-vit-nano_deploy-from-softmax_tree-crowns.py work_dirs/uptraining/seed0/deploy/deploy.pth
+LEVIT := configs/castling_levit/picodet_castling-levit-128s_deploy_tree-crowns.py work_dirs/levit/seed0/deploy/deploy.pth
+exports: uptrain
+	$(BIN)/python tools/demo.py --model castling_levit/picodet_castling-levit-128s --work-dir work_dirs/levit --seeds 0 1 2
+	for precision in float32 float16 int8; do \
+	  $(BIN)/python tools/export_onnx.py $(VIT) work_dirs/exports/vit_$$precision.onnx --precision $$precision && \
+	  $(BIN)/python tools/export_onnx.py $(LEVIT) work_dirs/exports/levit_$$precision.onnx --precision $$precision || exit 1; \
+	done
+	$(BIN)/python tools/compare_exports.py $(VIT) work_dirs/exports/vit_*.onnx --out results/deployment/vit
+	$(BIN)/python tools/compare_exports.py $(LEVIT) work_dirs/exports/levit_*.onnx --out results/deployment/levit
+deployed-latency: $(READY)
+	$(BIN)/python tools/deployed_latency.py configs/castling_vit/retinanet_castling-vit-s_deploy_8xb2-1x_coco.py \
+	  --out results/deployment/retinanet_castling-vit-s
 
 # The records of docs/attention.md: about half an hour on two idle cores, and nothing else may run beside it.
 BENCHMARK := $(BIN)/python tools/benchmark.py --threads 2

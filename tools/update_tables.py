@@ -102,6 +102,20 @@ def crashes() -> str:
     return crash_markdown(read_crashes(RESULTS / "robustness" / "crashes.json"))
 
 
+def exports() -> str:
+    """mAP of exported files."""
+    from castling_det.deployment.evaluation import read_accuracy
+
+    return "\n".join(read_accuracy(path).markdown() for path in sorted(RESULTS.glob("deployment/*/accuracy.json")))
+
+
+def deployed_latency() -> str:
+    """Latency of exported detectors."""
+    from castling_det.deployment.latency import read_latency
+
+    return "\n".join(read_latency(path).markdown() for path in sorted(RESULTS.glob("deployment/*/latency.json")))
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "stacks": stacks,
     "tree_crowns": tree_crowns,
@@ -112,6 +126,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "peers": peers,
     "fuzz": fuzz,
     "crashes": crashes,
+    "exports": exports,
+    "deployed_latency": deployed_latency,
 }
 
 

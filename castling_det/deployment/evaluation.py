@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from castling_det.analysis.codec import write_document
+from castling_det.analysis.codec import read_document, write_document
 from castling_det.analysis.configs import load_config
 from castling_det.analysis.evaluation import evaluate_boxes
 from castling_det.analysis.machine import this_machine
@@ -18,7 +18,7 @@ from castling_det.analysis.record import Machine
 from castling_det.detector import Detector
 from castling_det.files import write_text
 
-__all__ = ["SCHEMA", "Accuracy", "AccuracyReport", "compare_files"]
+__all__ = ["SCHEMA", "Accuracy", "AccuracyReport", "compare_files", "read_accuracy"]
 
 SCHEMA = "castling_det.deployment.accuracy/1"
 FIELD = "report"
@@ -78,7 +78,7 @@ class AccuracyReport:
         machine = self.machine
         table = "\n".join(markdown_table(header, rows))
         return (
-            f"# {self.config}\n\n{table}\n\nmAP in [0, 1], {self.images} images, one at a time.\n\n"
+            f"{self.config}:\n\n{table}\n\nmAP in [0, 1], {self.images} images, one at a time.\n\n"
             f"`{self.command}`\n\n{machine.cpu}, {machine.threads} threads, torch {machine.torch}, Python "
             f"{machine.python}, commit {machine.commit}\n"
         )
@@ -87,6 +87,11 @@ class AccuracyReport:
         """`accuracy.json` and `accuracy.md`."""
         write_document(folder / "accuracy.json", self, schema=SCHEMA, field=FIELD)
         write_text(folder / "accuracy.md", self.markdown())
+
+
+def read_accuracy(path: str | os.PathLike[str]) -> AccuracyReport:
+    """Reads what `AccuracyReport.write` wrote; raises ValueError for anything else."""
+    return read_document(path, AccuracyReport, schema=SCHEMA, field=FIELD, fix="run tools/compare_exports.py again")
 
 
 def compare_files(

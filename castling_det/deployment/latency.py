@@ -14,7 +14,7 @@ from torch import Tensor
 
 from castling_det.analysis.benchmark import Timing, machine_line
 from castling_det.analysis.benchmark.measure import call_seconds, settle_allocator, timing_of
-from castling_det.analysis.codec import write_document
+from castling_det.analysis.codec import read_document, write_document
 from castling_det.analysis.configs import load_config
 from castling_det.analysis.machine import this_machine
 from castling_det.analysis.markdown_table import markdown_table
@@ -26,7 +26,7 @@ from castling_det.deployment.onnx_file import onnx_model, onnx_runner, with_outp
 from castling_det.deployment.program import example_images, export_program
 from castling_det.files import write_text
 
-__all__ = ["ATTENTIONS", "RUNTIMES", "SCHEMA", "LatencyReport", "LatencyRow", "measure_latency"]
+__all__ = ["ATTENTIONS", "RUNTIMES", "SCHEMA", "LatencyReport", "LatencyRow", "measure_latency", "read_latency"]
 
 SCHEMA = "castling_det.deployment.latency/1"
 FIELD = "report"
@@ -81,7 +81,7 @@ class LatencyReport:
             f"- {row.attention}, {row.runtime}, {row.size}: failed: {row.reason}" for row in self.rows if row.reason
         ]
         lines = [
-            f"# {self.config}",
+            f"{self.config}:",
             "",
             *markdown_table(head, body),
             "",
@@ -98,6 +98,11 @@ class LatencyReport:
         """`latency.json` and `latency.md`."""
         write_document(folder / "latency.json", self, schema=SCHEMA, field=FIELD)
         write_text(folder / "latency.md", self.markdown())
+
+
+def read_latency(path: str | os.PathLike[str]) -> LatencyReport:
+    """Reads what `LatencyReport.write` wrote; raises ValueError for anything else."""
+    return read_document(path, LatencyReport, schema=SCHEMA, field=FIELD, fix="run tools/deployed_latency.py again")
 
 
 def measure_latency(
