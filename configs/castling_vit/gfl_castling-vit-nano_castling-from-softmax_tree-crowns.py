@@ -8,7 +8,6 @@ _base_ = "./gfl_castling-vit-nano_softmax_tree-crowns.py"
 max_iters = 600
 model = dict(backbone=dict(attention="castling", normalizer="kernel", center_keys=True, threshold=0.0))
 train_cfg = dict(max_iters=max_iters, val_interval=max_iters)
-optim_wrapper = dict(optimizer=dict(lr=1e-3))
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=20),
     dict(type="CosineAnnealingLR", eta_min_ratio=0.01, by_epoch=False, begin=20, end=max_iters, T_max=max_iters - 20),
