@@ -35,6 +35,14 @@ def tree_crowns_variants() -> str:
     return headline(read_report(RESULTS / "tree_crowns_variants" / "report.json"))
 
 
+def uptraining() -> str:
+    """Softmax detectors and what they became, with the machine line."""
+    from castling_det.analysis.record import read_report
+    from castling_det.analysis.report import headline
+
+    return headline(read_report(RESULTS / "tree_crowns_uptraining" / "report.json"))
+
+
 def attention_goals() -> str:
     """Ratios of the benchmarks, with the machine line."""
     from castling_det.analysis.benchmark import goals_markdown, machine_line, read_benchmark
@@ -120,6 +128,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "stacks": stacks,
     "tree_crowns": tree_crowns,
     "tree_crowns_variants": tree_crowns_variants,
+    "uptraining": uptraining,
     "attention_goals": attention_goals,
     "attention_numerics": attention_numerics,
     "model_zoo": model_zoo,

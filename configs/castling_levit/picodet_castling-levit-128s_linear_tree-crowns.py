@@ -1,3 +1,3 @@
 _base_ = "./picodet_castling-levit-128s_softmax_tree-crowns.py"
 
-model = dict(backbone=dict(attention="linear", center_keys=True))
+model = dict(backbone=dict(attention="linear"))

@@ -13,8 +13,12 @@ model = dict(
     test_cfg=dict(nms=dict(iou_threshold=0.4)),
 )
 
-# Half of the schedule: with 7 million parameters on a few hundred trees, what the learning rate's fall still adds is
-# learnt by heart, and the moving average of the weights stands in for it.
+# Half of the schedule, and a longer average: with 7 million parameters on a few hundred trees, what the learning rate's
+# fall still adds is learnt by heart, and the moving average of the weights stands in for it.
 max_iters = 1200
 train_cfg = dict(max_iters=max_iters, val_interval=max_iters // 4)
 default_hooks = dict(checkpoint=dict(interval=max_iters // 4))
+custom_hooks = [
+    dict(type="castling_det.ClassCountHook"),
+    dict(type="EMAHook", ema_type="ExpMomentumEMA", momentum=0.003, gamma=50, update_buffers=True, priority=49),
+]
