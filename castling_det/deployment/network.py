@@ -61,7 +61,8 @@ class DeployedDetector(nn.Module):
         self.half_precision = half
         self.notes: tuple[str, ...] = ()
         self.head_attention: tuple[str, ...] = ()
-        self.min_units = 2
+        # A map with a single row or column would be traced as one that has no other size.
+        self.min_units = max(2, 2 * _coarsest_stride(detector) // self.normalization.pad_size_divisor)
         self.nms_iou: float | None
         if half:
             detector.half()
@@ -102,7 +103,7 @@ class DeployedDetector(nn.Module):
             # Its decoder attends over its queries and weights the points that it samples.
             self.head_attention = ("decoder",)
             # It picks its queries from the tokens, and needs an image that has as many.
-            self.min_units = 6
+            self.min_units = max(6, self.min_units)
             self.notes += (
                 "the decoder of DINO attends over its own queries by softmax",
                 "padding is seen as image: give batches of images of one size for the detections of MMDetection",
@@ -127,3 +128,11 @@ class DeployedDetector(nn.Module):
         self.score_thr, self.nms_iou = settings.score_thr, settings.nms_iou
         self.max_per_img = settings.max_per_img
         return decoder
+
+
+def _coarsest_stride(detector: nn.Module) -> int:
+    """In pixels, of the maps that the head or the RPN predicts on; 0 where none says so."""
+    heads = (getattr(detector, name, None) for name in ("bbox_head", "rpn_head"))
+    generators = [getattr(head, "prior_generator", None) for head in heads]
+    strides = [stride for generator in generators if generator is not None for stride in generator.strides]
+    return int(max((max(stride) if isinstance(stride, tuple) else stride for stride in strides), default=0))

@@ -90,10 +90,11 @@ MODELS = {
         neck=dict(type="FPN", in_channels=[16, 32, 64], out_channels=16, num_outs=3),
         bbox_head=dict(GFL_HEAD, anchor_generator=dict(GFL_HEAD["anchor_generator"], strides=[4, 8, 16])),
     ),
+    # Its coarsest stride is more than the padding: a map of one row must not be what is traced.
     "retinanet_vit": dict(
         type="RetinaNet",
         backbone=VIT,
-        neck=dict(PYRAMID, out_strides=(8, 16)),
+        neck=dict(PYRAMID, out_strides=(8, 16, 32, 64, 128)),
         bbox_head=dict(
             type="RetinaHead",
             num_classes=3,
@@ -101,7 +102,8 @@ MODELS = {
             feat_channels=16,
             stacked_convs=1,
             anchor_generator=dict(
-                type="AnchorGenerator", octave_base_scale=4, scales_per_octave=2, ratios=[0.5, 2.0], strides=[8, 16]
+                type="AnchorGenerator", octave_base_scale=4, scales_per_octave=2, ratios=[0.5, 2.0],
+                strides=[8, 16, 32, 64, 128],
             ),
             bbox_coder=DELTAS,
             loss_cls=dict(type="FocalLoss", use_sigmoid=True),

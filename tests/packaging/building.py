@@ -15,7 +15,7 @@ SOURCES = ("setup.py", "setup.cfg", "pyproject.toml", "LICENSE", "README.md", "c
 FOLDERS = ("castling_det", "configs", "tools")
 
 
-def run(command: list[str | Path], cwd: Path, *, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+def run(command: list[str | Path], cwd: Path, *, timeout: float = 600) -> subprocess.CompletedProcess[str]:
     """Runs without this process's PYTHONPATH; a failure shows what the command printed."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
