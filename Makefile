@@ -32,7 +32,7 @@ exports: uptrain
 	$(BIN)/python tools/compare_exports.py $(LEVIT) work_dirs/exports/levit_*.onnx --out results/deployment/levit
 deployed-latency: $(READY)
 	$(BIN)/python tools/deployed_latency.py configs/castling_vit/retinanet_castling-vit-s_deploy_8xb2-1x_coco.py \
-	  --out results/deployment/retinanet_castling-vit-s
+	  --runtimes eager onnxruntime --max-seconds 5 --out results/deployment/retinanet_castling-vit-s
 
 # The records of docs/attention.md: about half an hour on two idle cores, and nothing else may run beside it.
 BENCHMARK := $(BIN)/python tools/benchmark.py --threads 2
