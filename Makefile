@@ -23,7 +23,7 @@ uptrain: study
 VIT := configs/castling_vit/gfl_castling-vit-nano_deploy-from-softmax_tree-crowns.py work_dirs/uptraining/seed0/deploy/deploy.pth
 LEVIT := configs/castling_levit/picodet_castling-levit-128s_deploy_tree-crowns.py work_dirs/levit/seed0/deploy/deploy.pth
 exports: uptrain
-	$(BIN)/python tools/demo.py --model castling_levit/picodet_castling-levit-128s --work-dir work_dirs/levit --seeds 0 1 2
+	$(BIN)/python tools/demo.py --model castling_levit/picodet_castling-levit-128s --work-dir work_dirs/levit
 	for precision in float32 float16 int8; do \
 	  $(BIN)/python tools/export_onnx.py $(VIT) work_dirs/exports/vit_$$precision.onnx --precision $$precision && \
 	  $(BIN)/python tools/export_onnx.py $(LEVIT) work_dirs/exports/levit_$$precision.onnx --precision $$precision || exit 1; \

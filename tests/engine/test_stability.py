@@ -78,15 +78,13 @@ def test_bfloat16_trains_on_a_cpu(folder):
     assert half.kept_by_rank[0][0] > 0 and half.kept_by_rank[-1][0] == 0
 
 
-@pytest.mark.parametrize("scale", [2.0**10, 2.0**40], ids=["fits", "overflows"])
-def test_float16_trains_on_a_cpu(folder, scale):
-    wrapper = {"optim_wrapper.type": "castling_det.Fp16OptimWrapper", "optim_wrapper.loss_scale": scale}
+def test_float16_trains_on_a_cpu(folder):
+    wrapper = {"optim_wrapper.type": "castling_det.Fp16OptimWrapper", "optim_wrapper.loss_scale": 2.0**10}
     half = train(folder, ranks=1, **CASE, extra=wrapper)
     full = train(folder, ranks=1, **CASE)
     assert all(weight.dtype == torch.float32 for name, weight in half.weights.items() if weight.is_floating_point())
     assert all(map(math.isfinite, half.losses)) and half.losses != full.losses
-    if scale == 2.0**10:
-        torch.testing.assert_close(torch.tensor(half.losses), torch.tensor(full.losses), rtol=0.02, atol=0)
+    torch.testing.assert_close(torch.tensor(half.losses), torch.tensor(full.losses), rtol=0.02, atol=0)
 
 
 def test_an_overflow_skips_the_step_and_halves_the_scale():
