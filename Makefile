@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 LOCK := requirements/py311-linux-x86_64.lock
 STACK ?= onedl
 
-.PHONY: demo study uptrain exports deployed-latency benchmarks test test-slow test-stack stability lint docs setup data lock licences audit sbom dist fuzz crash-test clean
+.PHONY: demo study options uptrain exports deployed-latency benchmarks test test-slow test-stack stability lint docs setup data lock licences audit sbom dist fuzz crash-test clean
 
 demo: $(READY) data
 	$(BIN)/python tools/demo.py
@@ -14,6 +14,11 @@ demo: $(READY) data
 # The demo over three seeds: the table of the README.
 study: $(READY) data
 	$(BIN)/python tools/demo.py --work-dir work_dirs/study --seeds 0 1 2
+
+# Each option of the attention alone, three seeds: the table of docs/options.md. Two hours on two idle cores.
+options: $(READY) data
+	OMP_NUM_THREADS=1 $(BIN)/python tools/study.py \
+	  --variants softmax linear published kernel image-conv uniform geometric centered castling
 
 # The study's softmax detectors become linear ones in a quarter of their iterations.
 uptrain: study
@@ -31,8 +36,10 @@ exports: uptrain
 	$(BIN)/python tools/compare_exports.py $(VIT) work_dirs/exports/vit_*.onnx --out results/deployment/vit
 	$(BIN)/python tools/compare_exports.py $(LEVIT) work_dirs/exports/levit_*.onnx --out results/deployment/levit
 deployed-latency: $(READY)
-	$(BIN)/python tools/deployed_latency.py configs/castling_vit/retinanet_castling-vit-s_deploy_8xb2-1x_coco.py \
-	  --runtimes eager onnxruntime --max-seconds 5 --out results/deployment/retinanet_castling-vit-s
+	for model in gfl_castling-vit-s retinanet_castling-vit-s; do \
+	  $(BIN)/python tools/deployed_latency.py configs/castling_vit/$${model}_deploy_8xb2-1x_coco.py --max-seconds 5 \
+	    --out results/deployment/$$model || exit 1; \
+	done
 
 # The records of docs/attention.md: about half an hour on two idle cores, and nothing else may run beside it.
 BENCHMARK := $(BIN)/python tools/benchmark.py --threads 2

@@ -1,0 +1,8 @@
+_base_ = "./gfl_castling-vit-s_softmax_8xb2-1x_coco.py"
+
+model = dict(backbone=dict(attention="castling", threshold=1.0, threshold_unit="uniform"))
+# end: tokens of a 800 x 1344 image at stride 16, so that the ramp itself empties the mask.
+custom_hooks = [
+    *_base_.custom_hooks,
+    dict(type="castling_det.MaskAnnealingHook", schedule="geometric", end=4200, empty_from=0.6),
+]
