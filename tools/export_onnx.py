@@ -6,6 +6,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from castling_det.deployment.command_line import add_export_arguments, refusal
+
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
@@ -13,30 +15,14 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         description="Exports a detector with linear attention to one ONNX file with dynamic batch, height and width, "
         "and compares it with PyTorch at three sizes before it takes its name. docs/deployment.md has the format.",
     )
-    parser.add_argument("config", help="deploy config, attention='linear'")
-    parser.add_argument("checkpoint", help="checkpoint that tools/convert.py wrote, or of a linear training")
-    parser.add_argument("out", help="file to write, .onnx")
+    add_export_arguments(parser, suffix=".onnx", precisions=("float32", "float16", "int8"))
     parser.add_argument("--raw", action="store_true", help="the head's own outputs instead of boxes, scores, labels")
-    parser.add_argument(
-        "--no-preprocessing", action="store_true", help="take normalised images; default: as OpenCV reads them"
-    )
-    parser.add_argument(
-        "--precision",
-        choices=("float32", "float16", "int8"),
-        default="float32",
-        help="of weights and features; int8: linear layers quantised dynamically, the rest float32",
-    )
     parser.add_argument("--opset", type=int, default=20, metavar="N", help="of ONNX's default domain (20)")
     parser.add_argument(
         "--shapes",
         nargs="+",
         metavar="BxHxW",
         help="batch, height and width to compare at, three or more; default: three multiples of the padding",
-    )
-    parser.add_argument(
-        "--allow-head-softmax",
-        action="store_true",
-        help="accept the softmax attention of a transformer head (DINO) over its own queries",
     )
     return parser.parse_args(arguments)
 
@@ -58,15 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             shapes=[_shape(text) for text in args.shapes] if args.shapes else None,
             allow_head_softmax=args.allow_head_softmax,
         )
-    except ImportError as error:
-        print(f"export_onnx: {error}; pip install 'castling-det[export]'", file=sys.stderr)
-        return 1
-    except ValueError as error:
-        print(f"export_onnx: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        # Ours have their sentence in strerror, the system's the file beside it.
-        print(f"export_onnx: {error if error.filename else error.strerror}", file=sys.stderr)
+    except (ImportError, ValueError, OSError) as error:
+        print(f"export_onnx: {refusal(error)}", file=sys.stderr)
         return 1
     print(report.summary())
     return 0

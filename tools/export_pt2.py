@@ -6,6 +6,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from castling_det.deployment.command_line import add_export_arguments, refusal
+
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
@@ -14,21 +16,12 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "AOTInductor has compiled, with dynamic batch, height and width, and compares it with PyTorch at three sizes "
         "before it takes its name.",
     )
-    parser.add_argument("config", help="deploy config, attention='linear'")
-    parser.add_argument("checkpoint", help="checkpoint that tools/convert.py wrote, or of a linear training")
-    parser.add_argument("out", help="file to write, .pt2")
+    add_export_arguments(parser, suffix=".pt2", precisions=("float32", "float16"))
     parser.add_argument(
         "--kind",
         choices=("program", "aoti"),
         default="program",
         help="program: torch.export's, for any device; aoti: compiled for this machine's CPU, needs a C++ compiler",
-    )
-    parser.add_argument("--no-preprocessing", action="store_true", help="take normalised images")
-    parser.add_argument("--precision", choices=("float32", "float16"), default="float32")
-    parser.add_argument(
-        "--allow-head-softmax",
-        action="store_true",
-        help="accept the softmax attention of a transformer head (DINO) over its own queries",
     )
     return parser.parse_args(arguments)
 
@@ -36,9 +29,9 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exports; 0 on success, 1 with one line on stderr on any refusal."""
     args = parse_args(arguments)
-    from castling_det.deployment.package import export_package
-
     try:
+        from castling_det.deployment.package import export_package
+
         report = export_package(
             args.config,
             args.checkpoint,
@@ -48,12 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             precision=args.precision,
             allow_head_softmax=args.allow_head_softmax,
         )
-    except ValueError as error:
-        print(f"export_pt2: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        # Ours have their sentence in strerror, the system's the file beside it.
-        print(f"export_pt2: {error if error.filename else error.strerror}", file=sys.stderr)
+    except (ImportError, ValueError, OSError) as error:
+        print(f"export_pt2: {refusal(error)}", file=sys.stderr)
         return 1
     print(report.summary())
     return 0
