@@ -11,6 +11,7 @@ import itertools
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,6 +41,12 @@ def train_command(work_dir: Path, *, precision: str, iterations: int, batch_size
     return [sys.executable, mmdet_tool("train.py"), str(CONFIG), *resume, "--cfg-options", *options]
 
 
+def skipped_steps(scales: Sequence[float | None]) -> int:
+    """How many iterations overflowed, given the loss scale that each began with: after such a one it is lower."""
+    known = [scale for scale in scales if scale is not None]
+    return sum(after < before for before, after in itertools.pairwise(known))
+
+
 def record(work_dir: Path, *, precision: str, batch_size: int, command: str) -> dict[str, object]:
     """What the training logged; `not_finite` counts logged values that are NaN or infinite."""
     from dataclasses import asdict
@@ -54,15 +61,12 @@ def record(work_dir: Path, *, precision: str, batch_size: int, command: str) -> 
     traces: dict[str, Series] = {name: log.scalars[name] for name in wanted if name in log.scalars}
     traces |= {f"kept_fraction/{name}": series for name, series in log.mask.kept_fraction.items()}
     scales = log.scalars["loss_scale"].values if "loss_scale" in log.scalars else ()
-    # The scale of an iteration is the one that it began with: where the next one is lower, it overflowed.
-    skipped = [
-        after < before for before, after in itertools.pairwise(scales) if before is not None and after is not None
-    ]
-    finite_steps = [series for name, series in traces.items() if name != "grad_norm"]
-    every = [*finite_steps, *log.validation.values()]
-    not_finite = sum(value is None for series in every for value in series.values)
-    norms = log.scalars["grad_norm"].values
-    not_finite += max(0, sum(value is None for value in norms) - sum(skipped))
+    skipped = skipped_steps(scales)
+    norms = traces["grad_norm"].values
+    others = (series for name, series in (*traces.items(), *log.validation.items()) if name != "grad_norm")
+    not_finite = sum(value is None for series in others for value in series.values)
+    # A step that overflowed has no finite norm, and was skipped for it: that one is counted as such.
+    not_finite += max(0, sum(value is None for value in norms) - skipped)
     return {
         "schema": "castling_det.stability/1",
         "precision": precision,
@@ -70,8 +74,8 @@ def record(work_dir: Path, *, precision: str, batch_size: int, command: str) -> 
         "mask_empty_from": log.mask.empty_from,
         "batch_size": batch_size,
         "not_finite": not_finite,
-        "skipped_steps": sum(skipped),
-        "max_grad_norm": max((v for v in log.scalars["grad_norm"].values if v is not None), default=None),
+        "skipped_steps": skipped,
+        "max_grad_norm": max((norm for norm in norms if norm is not None), default=None),
         "validation": {name: series.values[-1] for name, series in log.validation.items()},
         "traces": {name: to_jsonable(series) for name, series in traces.items()},
         "command": command,

@@ -10,6 +10,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,28 +20,12 @@ BLOCK = re.compile(
 )
 
 
-def tree_crowns() -> str:
-    """Runs of the study, with the machine line."""
+def runs(folder: str) -> str:
+    """Runs of a report, with the machine line."""
     from castling_det.analysis.record import read_report
     from castling_det.analysis.report import headline
 
-    return headline(read_report(RESULTS / "tree_crowns" / "report.json"))
-
-
-def tree_crowns_variants() -> str:
-    """Runs of the variants of castling, with the machine line."""
-    from castling_det.analysis.record import read_report
-    from castling_det.analysis.report import headline
-
-    return headline(read_report(RESULTS / "tree_crowns_variants" / "report.json"))
-
-
-def uptraining() -> str:
-    """Softmax detectors and what they became, with the machine line."""
-    from castling_det.analysis.record import read_report
-    from castling_det.analysis.report import headline
-
-    return headline(read_report(RESULTS / "tree_crowns_uptraining" / "report.json"))
+    return headline(read_report(RESULTS / folder / "report.json"))
 
 
 def attention_goals() -> str:
@@ -126,9 +111,10 @@ def deployed_latency() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "stacks": stacks,
-    "tree_crowns": tree_crowns,
-    "tree_crowns_variants": tree_crowns_variants,
-    "uptraining": uptraining,
+    "tree_crowns": partial(runs, "tree_crowns"),
+    "tree_crowns_variants": partial(runs, "tree_crowns_variants"),
+    "tree_crowns_options": partial(runs, "tree_crowns_options"),
+    "uptraining": partial(runs, "tree_crowns_uptraining"),
     "attention_goals": attention_goals,
     "attention_numerics": attention_numerics,
     "model_zoo": model_zoo,
