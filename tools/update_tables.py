@@ -28,6 +28,14 @@ def runs(folder: str) -> str:
     return headline(read_report(RESULTS / folder / "report.json"))
 
 
+def losses(folder: str) -> str:
+    """How low the training losses of a report's runs end."""
+    from castling_det.analysis.record import read_report
+    from castling_det.analysis.report import loss_table
+
+    return loss_table(read_report(RESULTS / folder / "report.json"))
+
+
 def attention_goals() -> str:
     """Ratios of the benchmarks, with the machine line."""
     from castling_det.analysis.benchmark import goals_markdown, machine_line, read_benchmark
@@ -95,6 +103,23 @@ def crashes() -> str:
     return crash_markdown(read_crashes(RESULTS / "robustness" / "crashes.json"))
 
 
+def stability() -> str:
+    """Long trainings in half precision."""
+    from castling_det.analysis.markdown_table import markdown_table
+
+    head = ("precision", "iterations", "batch", "not finite", "skipped", "gradient norm up to", "loss scale", "commit")
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("stability/*.json"))]
+    body = []
+    for record in records:
+        scales = record["traces"].get("loss_scale", {}).get("values", [])
+        scale = f"{scales[0]:.0f} to {scales[-1]:.0f}" if scales else "none"
+        counts = [str(record[key]) for key in ("iterations", "batch_size", "not_finite", "skipped_steps")]
+        norm = f"{record['max_grad_norm']:.1f}"
+        body.append([record["precision"], *counts, norm, scale, (record["machine"]["commit"] or "-")[:7]])
+    commands = [f"`{record['command']}`" for record in records]
+    return "\n\n".join(["\n".join(markdown_table(head, body)), *commands])
+
+
 def exports() -> str:
     """mAP of exported files."""
     from castling_det.deployment.evaluation import read_accuracy
@@ -114,6 +139,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "tree_crowns": partial(runs, "tree_crowns"),
     "tree_crowns_variants": partial(runs, "tree_crowns_variants"),
     "tree_crowns_options": partial(runs, "tree_crowns_options"),
+    "tree_crowns_options_losses": partial(losses, "tree_crowns_options"),
     "uptraining": partial(runs, "tree_crowns_uptraining"),
     "attention_goals": attention_goals,
     "attention_numerics": attention_numerics,
@@ -121,6 +147,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "peers": peers,
     "fuzz": fuzz,
     "crashes": crashes,
+    "stability": stability,
     "exports": exports,
     "deployed_latency": deployed_latency,
 }

@@ -4,6 +4,7 @@ from castling_det.analysis.report.attention import read_attention
 from castling_det.analysis.report.build import build_report, comparison_pictures, read_latency
 from castling_det.analysis.report.compare import Annotations
 from castling_det.analysis.report.gallery import strip
+from castling_det.analysis.report.losses import final_loss, loss_table
 from castling_det.analysis.report.markdown import headline, markdown
 from castling_det.analysis.report.pages import html_page, write_report
 from castling_det.analysis.report.runs import build_run
@@ -15,8 +16,10 @@ __all__ = [
     "build_report",
     "build_run",
     "comparison_pictures",
+    "final_loss",
     "headline",
     "html_page",
+    "loss_table",
     "markdown",
     "read_attention",
     "read_latency",

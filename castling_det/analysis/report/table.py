@@ -19,6 +19,8 @@ __all__ = [
     "latency_note",
     "machine_line",
     "notes",
+    "paired_difference",
+    "spread_of",
     "summaries",
 ]
 
@@ -70,9 +72,10 @@ def summaries(report: Report) -> tuple[Summary, ...]:
     for name in report.names:
         runs = report.runs_named(name)
         good = [run for run in runs if run.ok]
-        spreads = {key: _spread(good, key) for key in unique(key for run in good for key in run.metrics)}
+        keys = unique(key for run in good for key in run.metrics)
+        spreads = {key: spread_of([_metric(key)(run) for run in good]) for key in keys}
         metrics = {key: spread for key, spread in spreads.items() if spread is not None}
-        difference = None if name == report.baseline else _difference(good, baseline)
+        difference = None if name == report.baseline else paired_difference(good, baseline, _metric("mAP"))
         result.append(Summary(name, runs, metrics, difference))
     return tuple(result)
 
@@ -225,12 +228,8 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-def _spread(runs: Sequence[RunRecord], metric: str) -> Spread | None:
-    """Of a metric over runs; None if one of them lacks it, which a mean of the others would hide."""
-    return _spread_of([run.metrics.get(metric) for run in runs])
-
-
-def _spread_of(values: Sequence[float | None]) -> Spread | None:
+def spread_of(values: Sequence[float | None]) -> Spread | None:
+    """None if a value is missing, which a mean of the others would hide."""
     numbers = [value for value in values if value is not None]
     if not numbers or len(numbers) < len(values):
         return None
@@ -238,15 +237,21 @@ def _spread_of(values: Sequence[float | None]) -> Spread | None:
     return Spread(statistics.mean(numbers), std, min(numbers), max(numbers), len(numbers))
 
 
-def _difference(runs: Sequence[RunRecord], baseline: Sequence[RunRecord]) -> Spread | None:
-    """Of mAP: seed by seed over the seeds that both have; of the means, without a spread, if seeds cannot be paired."""
-    ours, theirs = ({run.seed: run.metrics.get("mAP") for run in group} for group in (runs, baseline))
+def paired_difference(
+    runs: Sequence[RunRecord], baseline: Sequence[RunRecord], value: Callable[[RunRecord], float | None]
+) -> Spread | None:
+    """Seed by seed over the seeds that both have; of the means, without a spread, where seeds cannot be paired."""
+    ours, theirs = ({run.seed: value(run) for run in group} for group in (runs, baseline))
     common = [seed for seed in ours if seed in theirs]
     if common and len(ours) == len(runs) and len(theirs) == len(baseline):
         pairs = [(ours[seed], theirs[seed]) for seed in common]
-        return _spread_of([None if left is None or right is None else left - right for left, right in pairs])
-    means = [_spread(group, "mAP") for group in (runs, baseline)]
+        return spread_of([None if left is None or right is None else left - right for left, right in pairs])
+    means = [spread_of([value(run) for run in group]) for group in (runs, baseline)]
     if means[0] is None or means[1] is None:
         return None
     mean = means[0].mean - means[1].mean
     return Spread(mean, None, mean, mean, 1)
+
+
+def _metric(name: str) -> Callable[[RunRecord], float | None]:
+    return lambda run: run.metrics.get(name)
