@@ -63,7 +63,7 @@ def record(work_dir: Path, *, precision: str, batch_size: int, command: str) -> 
     scales = log.scalars["loss_scale"].values if "loss_scale" in log.scalars else ()
     skipped = skipped_steps(scales)
     norms = traces["grad_norm"].values
-    others = (series for name, series in (*traces.items(), *log.validation.items()) if name != "grad_norm")
+    others = (series for name, series in traces.items() if name != "grad_norm")
     not_finite = sum(value is None for series in others for value in series.values)
     # A step that overflowed has no finite norm, and was skipped for it: that one is counted as such.
     not_finite += max(0, sum(value is None for value in norms) - skipped)

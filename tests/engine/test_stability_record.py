@@ -24,21 +24,25 @@ def test_a_step_was_skipped_where_the_scale_falls(scales, expected):
     assert skipped_steps(scales) == expected
 
 
-def log_with(tmp_path, change):
-    """A session of 20 iterations in which `change(row)` edits every row."""
-    write_session(tmp_path, "20260101_100000", range(1, 21), total=20, mask=True)
+def log_with(tmp_path, change, *, total=20, validation=None):
+    """A session in which `change(row)` edits every row of an iteration, and validations also say `validation`."""
+    write_session(tmp_path, "20260101_100000", range(1, total + 1), total=total, mask=True)
     (path,) = tmp_path.glob("*/vis_data/scalars.json")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     for row in rows:
         if "loss" in row:
             row["loss_scale"] = 65536.0
             change(row)
+        elif "coco/bbox_mAP" in row:
+            row.update(validation or {})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return record(tmp_path, precision="fp16", batch_size=1, command="here")
 
 
 def test_a_finite_training_has_nothing_to_count(tmp_path):
-    found = log_with(tmp_path, lambda row: None)
+    """COCO's -1, where no box has a size, is no fault either."""
+    found = log_with(tmp_path, lambda row: None, total=50, validation={"coco/bbox_mAP_l": -1.0})
+    assert found["validation"]["mAP_l"] is None
     assert (found["not_finite"], found["skipped_steps"], found["max_grad_norm"]) == (0, 0, 1.5)
     assert {"loss", "grad_norm", "lr", "loss_scale"} < set(found["traces"])
 
