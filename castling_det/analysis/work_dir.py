@@ -74,9 +74,22 @@ def find_checkpoint(work_dir: Path) -> Path:
 
 
 def read_dumped_config(work_dir: Path) -> tuple[Path, Any] | None:
-    """The config that mmengine dumped in a work dir, the newest one, with its path; None if there is none."""
+    """The config that mmengine dumped in a work dir, the newest one, with its path; None if there is none.
+
+    Raises:
+        ValueError: it cannot be read, or a part of it is missing; names it and the fix.
+    """
     found = sorted(work_dir.glob("*/vis_data/config.py")) or sorted(work_dir.glob("*.py"), key=os.path.getmtime)
-    return (found[-1], load_config(found[-1])) if found else None
+    if not found:
+        return None
+    config = load_config(found[-1])
+    # mmengine writes it in place, its keys sorted: the last one is there or the process was killed before.
+    if "work_dir" not in config:
+        raise ValueError(
+            f"{found[-1]}: has no `work_dir`, which ends every config that a run dumps: it was killed while it wrote; "
+            "start it again with --resume, which writes the config anew"
+        )
+    return found[-1], config
 
 
 def read_commands(folder: Path) -> tuple[str, ...]:

@@ -31,6 +31,7 @@ model = dict(
         anchor_generator=dict(type="AnchorGenerator", ratios=[1.0], scales=[4], strides=[16])),
     test_cfg=dict())
 test_dataloader = dict(dataset=dict(pipeline=[dict(type="Resize", scale=(128, 128), keep_ratio=True)]))
+work_dir = "work_dirs/x"
 """
 
 

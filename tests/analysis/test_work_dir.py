@@ -61,7 +61,7 @@ def _train(work_dir: Path, by_epoch: bool, length: int, *, resume: bool = False)
         log_processor=dict(by_epoch=by_epoch),
         visualizer=dict(type="Visualizer", vis_backends=[dict(type="LocalVisBackend")]),
         resume=resume, randomness=dict(seed=3), experiment_name=f"{work_dir.name}_{length}_{resume}",
-        cfg=Config(dict(randomness=dict(seed=3), load_from="a.pth")),
+        cfg=Config(dict(randomness=dict(seed=3), load_from="a.pth", work_dir=str(work_dir))),
     )  # fmt: skip
     runner.train()
     return runner
@@ -204,3 +204,13 @@ def test_configs_commands_and_manifests(tmp_path: Path) -> None:
     assert source_of(checkpoint) is None
     checkpoint.with_suffix(".json").write_text(json.dumps({"source": {"path": "a/b.pth", "sha256": ""}}))
     assert source_of(checkpoint) == Path("a/b.pth")
+
+
+@pytest.mark.parametrize("part", [0.0, 0.5, 0.98], ids=["empty", "half", "without its end"])
+def test_a_config_that_a_killed_run_dumped_in_part_is_refused(tmp_path: Path, part: float) -> None:
+    write_test(tmp_path, mAP=0.1)
+    path = next(tmp_path.glob("*/vis_data/config.py"))
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[: int(part * len(lines))]))
+    with pytest.raises(ValueError, match=r"config\.py: (has no `work_dir`.*--resume|cannot be read: SyntaxError)"):
+        read_dumped_config(tmp_path)

@@ -57,8 +57,10 @@ class Target:
         found = []
         for path in sorted(folder.rglob("*")):
             parts = path.relative_to(folder).parts
-            is_result = not any(part.startswith(".") for part in parts) and _LOGS not in parts and path.suffix != ".log"
-            if path.is_file() and is_result and not _is_whole(path):
+            # mmengine dumps the config in place, anew at every start; our reader refuses one that is not whole.
+            written_in_place = _LOGS in parts or path.suffix in (".log", ".py")
+            hidden = any(part.startswith(".") for part in parts)
+            if path.is_file() and not hidden and not written_in_place and not _is_whole(path):
                 found.append(f"{path.relative_to(folder)} is torn ({path.stat().st_size} bytes)")
         return found
 
