@@ -18,7 +18,7 @@ study: $(READY) data
 # Each option of the attention alone, three seeds: the table of docs/options.md. Two hours on two idle cores.
 options: $(READY) data
 	OMP_NUM_THREADS=1 $(BIN)/python tools/study.py \
-	  --variants softmax linear published kernel image-conv uniform geometric centered castling
+	  --variants softmax linear published kernel image-conv uniform geometric ramp ramp-centered castling
 
 # The study's softmax detectors become linear ones in a quarter of their iterations.
 uptrain: study

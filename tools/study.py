@@ -22,6 +22,7 @@ PUBLISHED = {
     "model.backbone.threshold_unit": "absolute",
     "model.backbone.threshold": "0.02",
     "custom_hooks.2.schedule": "constant",
+    "custom_hooks.2.begin": "0",
     "custom_hooks.2.end": "1.0",
 }
 VARIANTS = {
@@ -43,7 +44,12 @@ VARIANTS = {
         "mask unit",
     ),
     "geometric": Variant("castling", {**PUBLISHED, "custom_hooks.2.schedule": "geometric"}, "schedule"),
-    "centered": Variant("castling", {"model.backbone.center_keys": "True"}, "our options and centred keys"),
+    "ramp": Variant("castling", {"custom_hooks.2.begin": "0"}, "our options, the threshold rising from the start"),
+    "ramp-centered": Variant(
+        "castling",
+        {"custom_hooks.2.begin": "0", "model.backbone.center_keys": "True"},
+        "the same and centred keys",
+    ),
     "castling": Variant("castling", {}, "castling with our options"),
 }
 

@@ -4,5 +4,5 @@ model = dict(backbone=dict(attention="castling", threshold=1.0, threshold_unit="
 # end: tokens of a 384 x 384 image at stride 16, so that the ramp itself empties the mask.
 custom_hooks = [
     *_base_.custom_hooks,
-    dict(type="castling_det.MaskAnnealingHook", schedule="geometric", end=576, empty_from=0.7),
+    dict(type="castling_det.MaskAnnealingHook", schedule="geometric", begin=0.4, end=576, empty_from=0.7),
 ]
