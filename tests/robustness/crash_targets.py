@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from castling_det.analysis.work_dir import find_checkpoint
 from castling_det.conversion import load_checkpoint
 from castling_det.experiments import mmdet_tool
 
@@ -142,12 +143,13 @@ def _exported(folder: Path) -> dict[str, str]:
     }
 
 
-def targets(
-    study: Path = ROOT / "work_dirs" / "study" / "seed0", data: Path = ROOT / "data" / "tree_crowns"
-) -> list[Target]:
+STUDY = ROOT / "work_dirs" / "study" / "seed0"
+
+
+def targets(study: Path = STUDY, data: Path = ROOT / "data" / "tree_crowns") -> list[Target]:
     """Every command whose inputs are there: conversion, report and export need trained detectors."""
     wheels = sorted((data / "cache").glob("*.whl"))
-    source, deployed = study / "castling" / "iter_2400.pth", study / "deploy" / "deploy.pth"
+    deployed = study / "deploy" / "deploy.pth"
     tools = ROOT / "tools"
 
     def report(folder: Path) -> list[str]:
@@ -166,7 +168,8 @@ def targets(
         found.append(Target("data preparation", prepare, _prepared))
     if (data / "annotations" / "train.json").is_file():
         found.append(Target("demo training", train, _trained))
-    if source.is_file():
+    if (study / "castling" / "last_checkpoint").is_file():
+        source = find_checkpoint(study / "castling")
         found.append(
             Target(
                 "conversion", lambda f: [f"{tools}/convert.py", str(HYBRID), str(source), f"{f}/deploy.pth"], _converted

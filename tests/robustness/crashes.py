@@ -24,7 +24,7 @@ from pathlib import Path
 
 from castling_det.analysis.machine import this_machine
 from castling_det.analysis.robustness import CrashReport, CrashTarget, crash_markdown, write_crashes
-from tests.robustness.crash_targets import ROOT, Target, load_libraries, targets
+from tests.robustness.crash_targets import ROOT, STUDY, Target, load_libraries, targets
 
 TRIES = 8
 EARLIER = 0.7
@@ -172,10 +172,11 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=60, help="over all commands (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="some of the commands")
+    parser.add_argument("--study", type=Path, default=STUDY, help="trained detectors of a seed (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="JSON record to write")
     args = parser.parse_args()
     load_libraries()
-    found = [target for target in targets() if not args.only or target.name in args.only]
+    found = [target for target in targets(args.study) if not args.only or target.name in args.only]
     began = time.monotonic()
     records = []
     with tempfile.TemporaryDirectory() as scratch:
