@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from castling_det.analysis.robustness import CrashReport, CrashTarget, crash_markdown, read_crashes, write_crashes
 from tests.analysis.records import MACHINE
-from tests.robustness.crash_targets import Target, load_libraries, targets
+from tests.robustness.crash_targets import ROOT, Target, targets
 from tests.robustness.crashes import crash_target
 
 KILLS = {"data preparation": 2, "demo training": 3}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> None:
-    """Forks of a process whose libraries run threads would wait for them forever."""
-    torch.set_num_threads(1)
-
-
 @pytest.mark.parametrize("name", KILLS)
 def test_killed_commands_start_again_and_end_the_same(tmp_path: Path, name: str) -> None:
-    found = {target.name: target for target in targets()}
-    if name not in found:
+    """In a process of its own: forks of one that has run other tests would wait for their threads forever."""
+    if name not in {target.name for target in targets()}:
         pytest.skip("run tools/prepare_tree_crowns.py (make test does)")
-    load_libraries()
-    record = crash_target(found[name], kills=KILLS[name], seed=1, folder=tmp_path)
+    out = tmp_path / "crashes.json"
+    options = ["--kills", str(KILLS[name]), "--seed", "1", "--only", name, "--out", str(out)]
+    command = [sys.executable, "-W", "ignore", "-m", "tests.robustness.crashes", *options]
+    subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=900)
+    (record,) = read_crashes(out).targets
     assert record == CrashTarget(name, KILLS[name], KILLS[name], KILLS[name], record.leftovers, ())
 
 
