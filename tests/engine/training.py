@@ -143,7 +143,10 @@ def checkpoint_hook(kind: dict[str, Any], **options: Any) -> dict[str, Any]:
 
 def run(work_dir: Path, hooks: dict[str, Any], dies: Dies | None = None) -> int:
     """`train` in a process of its own; returns its exit code, negative for a signal."""
-    process = multiprocessing.get_context("fork").Process(target=train, args=(work_dir, hooks, dies))
+    # Not a fork of pytest's own process, which has threads: it can wait for them forever.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    process = context.Process(target=train, args=(work_dir, hooks, dies))
     process.start()
     process.join()
     assert process.exitcode is not None

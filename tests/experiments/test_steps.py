@@ -116,7 +116,7 @@ while not pathlib.Path({str(tmp_path / "go")!r}).exists():
     time.sleep(0.01)
 """
     step = python_step(tmp_path / "s", code)
-    experiment = multiprocessing.get_context("fork").Process(target=run, args=([step],))
+    experiment = multiprocessing.get_context("forkserver").Process(target=run, args=([step],))
     experiment.start()
     pid = _wait_for(tmp_path / "s" / "pid")
     experiment.kill()
