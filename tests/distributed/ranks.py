@@ -1,26 +1,24 @@
-"""Trainings in ranks that are forked from one server, which has imported MMDetection once; nothing here is a test."""
+"""Trainings in ranks, each a process of its own; nothing here is a test."""
 
 from __future__ import annotations
 
 import copy
 import functools
-import multiprocessing
 import os
 import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import mmdet.models  # noqa: F401  # what the server imports
 import torch
 from mmengine.config import Config
 from mmengine.dist import all_reduce, get_rank
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
-import castling_det.models  # noqa: F401
 from castling_det.engine.mask_annealing import castling_layers
 from tests.distributed.settings import CONFIG, options
+from tests.processes import process_context
 
 
 class Trained(NamedTuple):
@@ -90,8 +88,7 @@ def _rank(rank: int, ranks: int, port: int, folder: Path, cases: Sequence[dict[s
 
 def train_in_ranks(folder: Path, cases: Sequence[dict[str, Any]], *, ranks: int) -> list[list[Trained]]:
     """Trains every case in `ranks` processes; the results by rank, then by case."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context = process_context()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import resource
 import signal
@@ -17,6 +16,8 @@ from mmengine.model import BaseModel
 from mmengine.runner import Runner
 from torch import nn
 from torch.utils.data import Dataset
+
+from tests.processes import process_context
 
 __all__ = ["Dies", "result", "run", "train"]
 
@@ -144,10 +145,7 @@ def checkpoint_hook(kind: dict[str, Any], **options: Any) -> dict[str, Any]:
 
 def run(work_dir: Path, hooks: dict[str, Any], dies: Dies | None = None) -> int:
     """`train` in a process of its own; returns its exit code, negative for a signal."""
-    # Not a fork of pytest's own process, which has threads: it can wait for them forever.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    process = context.Process(target=train, args=(work_dir, hooks, dies))
+    process = process_context().Process(target=train, args=(work_dir, hooks, dies))
     process.start()
     process.join()
     assert process.exitcode is not None

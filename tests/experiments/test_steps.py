@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import multiprocessing
 import sys
 import time
 from dataclasses import replace
@@ -13,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from castling_det.experiments import Comparison, Step, StepFailed, comparison_steps, run_steps
+from tests.processes import process_context
 
 
 def python_step(folder, code, **options):
@@ -116,7 +116,7 @@ while not pathlib.Path({str(tmp_path / "go")!r}).exists():
     time.sleep(0.01)
 """
     step = python_step(tmp_path / "s", code)
-    experiment = multiprocessing.get_context("forkserver").Process(target=run, args=([step],))
+    experiment = process_context().Process(target=run, args=([step],))
     experiment.start()
     pid = _wait_for(tmp_path / "s" / "pid")
     experiment.kill()
