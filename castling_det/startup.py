@@ -61,10 +61,22 @@ def at_interpreter_start() -> None:
 def _register_configs(config_utils: ModuleType) -> None:
     """Makes `_base_ = 'castling_det::...'` resolve.
 
-    The value is the module's name, not the distribution's: metadata treats the two alike, and mmengine
-    falls back to importing by this name where the package does not lie in site-packages (editable installs).
+    mmengine takes the value for a distribution's name, metadata treats ours and the package's alike, and OpenMMLab's
+    mmengine looks beside the metadata only, where an editable install does not lie. A module that is no distribution
+    is imported by either mmengine, and the folder that it lies in is taken.
     """
-    config_utils.MODULE2PACKAGE.setdefault("castling_det", "castling_det")
+    lies_there = _lies_beside_its_metadata()
+    config_utils.MODULE2PACKAGE.setdefault("castling_det", "castling_det" if lies_there else __name__)
+
+
+def _lies_beside_its_metadata() -> bool:
+    from importlib.metadata import PackageNotFoundError, distribution
+    from pathlib import Path
+
+    try:
+        return Path(str(distribution("castling_det").locate_file("castling_det"))).is_dir()
+    except PackageNotFoundError:
+        return False
 
 
 def _allow_ranks_without_gpu(dist_utils: ModuleType) -> None:

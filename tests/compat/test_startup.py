@@ -68,11 +68,11 @@ import castling_det, importlib.util
 first = {ROLES}
 importlib.util.find_spec('mmengine.config.utils')  # looking is not importing: the hook stays
 import mmengine.config.utils as utils
-result = [first, utils.MODULE2PACKAGE.get('castling_det'), {ROLES},
+result = [first, 'castling_det' in utils.MODULE2PACKAGE, {ROLES},
           type(utils.__loader__).__name__, utils.__spec__.loader is utils.__loader__]"""
-    first, module, left, loader, own = answer(code)
+    first, known, left, loader, own = answer(code)
     assert first == ALL and CONFIGS not in left and OPERATORS in left
-    assert (module, loader, own) == ("castling_det", "SourceFileLoader", True)
+    assert (known, loader, own) == (True, "SourceFileLoader", True)
 
 
 def test_config_look_up_registers_when_mmengine_came_first() -> None:
@@ -80,9 +80,28 @@ def test_config_look_up_registers_when_mmengine_came_first() -> None:
 import mmengine.config.utils as utils
 before = 'castling_det' in utils.MODULE2PACKAGE
 import castling_det
-result = [before, utils.MODULE2PACKAGE['castling_det'], {ROLES}]"""
-    before, module, left = answer(code)
-    assert (before, module) == (False, "castling_det") and CONFIGS not in left and OPERATORS in left
+result = [before, 'castling_det' in utils.MODULE2PACKAGE, {ROLES}]"""
+    before, after, left = answer(code)
+    assert (before, after) == (False, True) and CONFIGS not in left and OPERATORS in left
+
+
+@pytest.mark.parametrize("editable", [False, True])
+def test_configs_lie_beside_the_metadata_or_where_python_finds_the_package(tmp_path: Path, editable: bool) -> None:
+    """The second with OpenMMLab's mmengine too, which never asks Python where a distribution's module is."""
+    metadata = tmp_path / "castling_det-0.1.0.dist-info"
+    metadata.mkdir()
+    metadata.joinpath("METADATA").write_text("Metadata-Version: 2.1\nName: castling-det\nVersion: 0.1.0\n")
+    metadata.joinpath("top_level.txt").write_text("castling_det\n")
+    if not editable:
+        tmp_path.joinpath("castling_det").mkdir()
+    code = f"""
+import castling_det
+sys.path.insert(0, {str(tmp_path)!r})
+from mmengine.config.utils import MODULE2PACKAGE
+from mmengine.utils import get_installed_path, is_installed
+package = MODULE2PACKAGE['castling_det']
+result = [is_installed(package), get_installed_path(package)]"""
+    assert answer(code) == [True, str((ROOT if editable else tmp_path) / "castling_det")]
 
 
 @pytest.fixture
