@@ -7,9 +7,12 @@ from collections.abc import Generator
 import pytest
 import torch
 
+from castling_det.compat.host import EXPORTING_TORCH
 from castling_det.ops import native
+from tests.stacks import TORCH
 
-NO_SAFE_READING = "cannot read checkpoints safely; install torch >= 2.6"
+WALLS = {(2, 6): "cannot read checkpoints safely", EXPORTING_TORCH: "cannot export detectors"}
+"""What torch cannot do before a version, in the words of our errors."""
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -27,12 +30,12 @@ def without_the_users_kernel(tmp_path_factory: pytest.TempPathFactory) -> Genera
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Skips on torch < 2.6 what fails for reading a checkpoint there, in this process or in a command of the test."""
+    """Skips on an old torch what fails for what it cannot do, in this process or in a command of the test."""
     report = yield
-    old = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 6)
     said = "\n".join([report.longreprtext, *(text for _, text in report.sections)])
-    if old and report.failed and NO_SAFE_READING in said:
-        report.outcome = "skipped"
-        reason = f"Skipped: torch {torch.__version__} {NO_SAFE_READING}"
-        report.longrepr = (str(item.path), item.location[1] or 0, reason)
+    for version, wall in WALLS.items():
+        if version > TORCH and report.failed and wall in said:
+            report.outcome = "skipped"
+            reason = f"Skipped: torch {torch.__version__} {wall}"
+            report.longrepr = (str(item.path), item.location[1] or 0, reason)
     return report

@@ -13,6 +13,8 @@ from importlib.util import find_spec
 __all__ = ["HOST_PACKAGES", "HostPackage", "check_host", "host_problems", "host_warnings", "installed_distributions"]
 
 INSTALL_HINT = "pip install 'castling-det[onedl]'"
+EXPORTING_TORCH = (2, 8)
+"""The first version whose exporters take our detectors: 2.6 and 2.7 were seen to fail."""
 
 
 @dataclass(frozen=True)
@@ -82,9 +84,21 @@ def host_warnings() -> list[str]:
         return []
     if release(torch) < (2, 6):
         return [
-            f"torch {torch} cannot read checkpoints safely: training works, but conversion and pre-trained weights are "
-            f"refused; {INSTALL_HINT} with torch >= 2.6"
+            f"torch {torch} cannot read checkpoints safely: training works, but conversion, export and pre-trained "
+            f"weights are refused; {INSTALL_HINT} with torch >= 2.8"
         ]
+    return [*_engine_warnings(torch), *([no_export(torch)] if release(torch) < EXPORTING_TORCH else [])]
+
+
+def no_export(torch: str) -> str:
+    """The sentence for a torch version before `EXPORTING_TORCH`."""
+    return (
+        f"torch {torch} cannot export detectors, to ONNX or .pt2, its exporters fail on them: training and conversion "
+        f"work; {INSTALL_HINT} with torch >= {'.'.join(map(str, EXPORTING_TORCH))}"
+    )
+
+
+def _engine_warnings(torch: str) -> list[str]:
     engine = next(iter(installed_distributions(HOST_PACKAGES[0])), ("", ""))
     if engine[0] in ("mmengine", "mmengine-lite") and release(engine[1]) < (0, 10, 8):
         return [

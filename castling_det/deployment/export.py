@@ -30,7 +30,7 @@ from castling_det.deployment.metadata import FileMetadata
 from castling_det.deployment.network import DeployedDetector
 from castling_det.deployment.onnx_file import DEFAULT_OPSET, linear_layers, onnx_model, onnx_runner, with_outputs
 from castling_det.deployment.parity import TOLERANCES, Runner, ShapeParity, Tolerance, check_parity, default_shapes
-from castling_det.deployment.program import example_images, export_program
+from castling_det.deployment.program import check_torch, example_images, export_program
 from castling_det.deployment.quantise import quantised
 from castling_det.files import atomic_write, sha256_of
 
@@ -155,6 +155,7 @@ def export_onnx(
         ValueError: unusable files or options, softmax attention in the graph, or a difference from PyTorch.
         OSError: `out` cannot be written. An older `out` is as it was.
     """
+    check_torch()
     out = Path(out)
     check_out(out, ".onnx")
     if precision not in PRECISIONS:

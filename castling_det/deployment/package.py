@@ -25,7 +25,7 @@ from castling_det.deployment.export import (
 from castling_det.deployment.metadata import FileMetadata
 from castling_det.deployment.network import DeployedDetector
 from castling_det.deployment.parity import TOLERANCES, Runner, ShapeParity, check_parity, default_shapes
-from castling_det.deployment.program import export_program
+from castling_det.deployment.program import check_torch, export_program
 
 __all__ = ["KINDS", "export_package", "load_package", "read_metadata"]
 
@@ -55,6 +55,7 @@ def export_package(
         ValueError: unusable files or options, softmax attention in the graph, or a difference from PyTorch.
         OSError: `out` cannot be written. An older `out` is as it was.
     """
+    check_torch()
     out = Path(out)
     check_out(out, ".pt2")
     if kind not in KINDS:

@@ -6,9 +6,16 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from castling_det.compat.host import EXPORTING_TORCH, no_export, release
 from castling_det.deployment.network import DeployedDetector
 
-__all__ = ["example_images", "export_program"]
+__all__ = ["check_torch", "example_images", "export_program"]
+
+
+def check_torch() -> None:
+    """Raises a ValueError that names the version where this torch cannot export detectors."""
+    if release(torch.__version__) < EXPORTING_TORCH:
+        raise ValueError(no_export(torch.__version__))
 
 
 def example_images(network: DeployedDetector, shape: tuple[int, int, int], *, seed: int = 0) -> Tensor:
@@ -32,8 +39,9 @@ def export_program(network: DeployedDetector, shape: tuple[int, int, int]) -> Ex
             or two equal ones, would become part of the program.
 
     Raises:
-        ValueError: the shape, or a detector that torch.export cannot trace for any size.
+        ValueError: this torch, the shape, or a detector that torch.export cannot trace for any size.
     """
+    check_torch()
     unit = network.normalization.pad_size_divisor
     batch, height, width = shape
     if batch < 2 or min(height, width) < 2 * unit or height == width or height % unit or width % unit:
@@ -46,6 +54,6 @@ def export_program(network: DeployedDetector, shape: tuple[int, int, int]) -> Ex
     images = example_images(network, shape)
     try:
         with torch.no_grad():
-            return torch.export.export(network, (images,), dynamic_shapes=(sizes,))
+            return torch.export.export(network, (images,), dynamic_shapes=(sizes,), strict=False)
     except torch._dynamo.exc.UserError as error:
         raise ValueError(f"the detector's graph is not the same for all sizes: {error}") from error

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from castling_det.layers import CastlingAttention
 from castling_det.ops import masked_softmax
 from tests.compare import assert_parity
+from tests.stacks import needs_torch
 
 SIZES = ((2, 8, 12), (1, 5, 7), (3, 12, 8))
 OPTIONS = (
@@ -58,6 +59,7 @@ def test_compiles_into_one_graph_for_every_size(options):
                 assert_parity(actual, expected, rms=1e-5, maximum=1e-4)
 
 
+@needs_torch(2, 6, why="has no Dim.DYNAMIC")
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_exports_with_dynamic_batch_height_and_width(options):
     module = OnMap(**options).eval()
@@ -69,6 +71,7 @@ def test_exports_with_dynamic_batch_height_and_width(options):
     assert bool(softmax) == (options["mode"] == "softmax")
 
 
+@needs_torch(2, 6, why="compiles anew for every threshold")
 def test_a_threshold_that_moves_stays_in_one_graph():
     """The hook moves it every iteration: a graph for each would be a compilation each."""
     module = OnMap(mode="castling")

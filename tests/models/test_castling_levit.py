@@ -15,6 +15,7 @@ from castling_det.models import CastlingLeViT
 from castling_det.models.backbones.castling_levit import ARCHITECTURES
 from tests.compare import assert_parity, errors
 from tests.layers.test_levit import randomised as randomised_layer
+from tests.stacks import needs_torch
 
 SMALL = dict(embed_dims=(16, 24, 32), num_heads=(2, 2, 3), depths=(2, 1, 1), key_dim=8)
 BLOCKS = ["stages.0.blocks.0", "stages.0.blocks.1", "stages.1.downsample.attn_downsample", "stages.1.blocks.0"]
@@ -239,6 +240,7 @@ def test_checkpointing_changes_nothing(attention):
     assert norm.momentum == 0.1 and norm.num_batches_tracked == 1
 
 
+@needs_torch(2, 6, why="has no Dim.DYNAMIC")
 @pytest.mark.parametrize("attention", ["softmax", "linear"])
 def test_exports_with_dynamic_batch_height_and_width(attention):
     backbone = randomised(small(attention, dict(SMALL, depths=(1, 1, 1)), out_indices=(0, 2))).eval()

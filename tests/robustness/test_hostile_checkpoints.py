@@ -114,7 +114,8 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda path: overlapping_zip(path, 10_000),
         r"records declare 1000\d+ bytes in a file of",
     ),
-    "a record shorter than its tensor": (_write(_declaring(2**40)), "truncated or damaged"),
+    # torch 2.6 does not notice; the check after it does.
+    "a record shorter than its tensor": (_write(_declaring(2**40)), r"truncated or damaged|entry 'w' declares shape"),
     "a shape larger than its storage": (_write(_shape_only(2**40)), "truncated or damaged"),
     "rows that are all the same memory": (
         lambda path: torch.save({"w": torch.zeros(1).expand(10**6, 10**6)}, path),

@@ -1,0 +1,15 @@
+"""What the versions under test can do; nothing here is a test."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+__all__ = ["TORCH", "needs_torch"]
+
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
+
+
+def needs_torch(*version: int, why: str) -> pytest.MarkDecorator:
+    """Skips a test on an older torch."""
+    return pytest.mark.skipif(version > TORCH, reason=f"torch {torch.__version__}: {why}")
