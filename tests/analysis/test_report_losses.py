@@ -33,7 +33,7 @@ def test_it_is_the_mean_of_the_last_quarter():
     assert final_loss(RunRecord("x", "ok", scalars={"loss": series})) == 3.0
 
 
-@pytest.mark.parametrize("series", [None, Series(), Series((50, 100), (1.0, None))])
+@pytest.mark.parametrize("series", [None, Series(), Series((50, 100), (1.0, None)), Series((80, 100), (1.0, None))])
 def test_no_loss_and_one_that_is_not_finite_are_none(series):
     assert final_loss(RunRecord("x", "ok", scalars={} if series is None else {"loss": series})) is None
 
