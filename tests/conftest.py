@@ -11,8 +11,11 @@ from castling_det.compat.host import EXPORTING_TORCH
 from castling_det.ops import native
 from tests.stacks import TORCH
 
-WALLS = {(2, 6): "cannot read checkpoints safely", EXPORTING_TORCH: "cannot export detectors"}
-"""What torch cannot do before a version, in the words of our errors."""
+WALLS = {
+    (2, 6): "cannot read checkpoints safely; install torch",
+    EXPORTING_TORCH: "cannot export detectors; install torch",
+}
+"""What torch cannot do before a version, in the words of our errors, which are not those of the notice at import."""
 
 
 @pytest.fixture(scope="session", autouse=True)

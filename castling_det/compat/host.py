@@ -87,15 +87,13 @@ def host_warnings() -> list[str]:
             f"torch {torch} cannot read checkpoints safely: training works, but conversion, export and pre-trained "
             f"weights are refused; {INSTALL_HINT} with torch >= 2.8"
         ]
-    return [*_engine_warnings(torch), *([no_export(torch)] if release(torch) < EXPORTING_TORCH else [])]
-
-
-def no_export(torch: str) -> str:
-    """The sentence for a torch version before `EXPORTING_TORCH`."""
-    return (
-        f"torch {torch} cannot export detectors, to ONNX or .pt2, its exporters fail on them: training and conversion "
-        f"work; {INSTALL_HINT} with torch >= {'.'.join(map(str, EXPORTING_TORCH))}"
-    )
+    if release(torch) < EXPORTING_TORCH:
+        return [
+            *_engine_warnings(torch),
+            f"torch {torch} cannot export detectors, to ONNX or .pt2, its exporters fail on them: training and "
+            f"conversion work; {INSTALL_HINT} with torch >= {'.'.join(map(str, EXPORTING_TORCH))}",
+        ]
+    return _engine_warnings(torch)
 
 
 def _engine_warnings(torch: str) -> list[str]:

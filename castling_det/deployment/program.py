@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from castling_det.compat.host import EXPORTING_TORCH, no_export, release
+from castling_det.compat.host import EXPORTING_TORCH, release
 from castling_det.deployment.network import DeployedDetector
 
 __all__ = ["check_torch", "example_images", "export_program"]
@@ -15,7 +15,8 @@ __all__ = ["check_torch", "example_images", "export_program"]
 def check_torch() -> None:
     """Raises a ValueError that names the version where this torch cannot export detectors."""
     if release(torch.__version__) < EXPORTING_TORCH:
-        raise ValueError(no_export(torch.__version__))
+        needed = ".".join(map(str, EXPORTING_TORCH))
+        raise ValueError(f"torch {torch.__version__} cannot export detectors; install torch >= {needed}")
 
 
 def example_images(network: DeployedDetector, shape: tuple[int, int, int], *, seed: int = 0) -> Tensor:

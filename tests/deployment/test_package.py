@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from castling_det.deployment import package
+from castling_det.deployment.export import export_onnx
 from castling_det.deployment.metadata import FileMetadata
 from castling_det.deployment.package import export_package, load_package, read_metadata
 from tests.deployment.test_export_onnx import arguments
@@ -72,3 +73,12 @@ def test_the_tool_refuses_in_one_line(deployable, tmp_path, capsys, more, messag
     assert tool.main([*arguments(tmp_path, *deployable("gfl_vit")), *more]) == 1
     line = capsys.readouterr().err
     assert message in line and line.startswith("export_pt2: ") and line.count("\n") == 1
+
+
+def test_a_torch_whose_exporters_fail_is_named_before_anything_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.7.1+cpu")
+    message = r"^torch 2\.7\.1\+cpu cannot export detectors; install torch >= 2\.8$"
+    with pytest.raises(ValueError, match=message):
+        export_package("no.py", "no.pth", tmp_path / "x.pt2", kind="program")
+    with pytest.raises(ValueError, match=message):
+        export_onnx("no.py", "no.pth", tmp_path / "x.onnx")
