@@ -147,8 +147,10 @@ def run(work_dir: Path, hooks: dict[str, Any], dies: Dies | None = None) -> int:
     """`train` in a process of its own; returns its exit code, negative for a signal."""
     process = process_context().Process(target=train, args=(work_dir, hooks, dies))
     process.start()
-    process.join()
-    assert process.exitcode is not None
+    process.join(timeout=300)
+    if process.exitcode is None:
+        process.kill()  # at its end pytest would wait for it
+        raise AssertionError(f"the training in {work_dir} hangs")
     return process.exitcode
 
 
