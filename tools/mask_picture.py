@@ -1,7 +1,7 @@
 """Draws how the mask vanishes: the schedules, and what a recorded training kept in each layer.
 
   tools/mask_picture.py results/tree_crowns/report.json castling docs/images/masks.png
-      --start 1 --end 576 --empty-from 0.7
+      --start 1 --end 576 --begin 0.4 --empty-from 0.7
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ def main() -> int:
     parser.add_argument("out", type=Path, help="picture to write, .png")
     parser.add_argument("--start", type=float, default=1.0, help="threshold at the beginning (1)")
     parser.add_argument("--end", type=float, required=True, help="threshold that the ramps reach")
+    parser.add_argument("--begin", type=float, default=0.0, help="progress up to which the threshold is held (0)")
     parser.add_argument("--empty-from", type=float, required=True, help="progress from which on the mask is empty")
     args = parser.parse_args()
     from castling_det.analysis.mask_picture import mask_picture
@@ -31,7 +32,7 @@ def main() -> int:
         if run is None:
             names = ", ".join(dict.fromkeys(each.name for each in runs))
             raise ValueError(f"run {args.run!r}: expected one of {names}")
-        picture = mask_picture(run, start=args.start, end=args.end, empty_from=args.empty_from)
+        picture = mask_picture(run, start=args.start, end=args.end, begin=args.begin, empty_from=args.empty_from)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -29,7 +29,7 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-def mask_picture(run: RunRecord, *, start: float, end: float, empty_from: float) -> Image.Image:
+def mask_picture(run: RunRecord, *, start: float, end: float, empty_from: float, begin: float = 0.0) -> Image.Image:
     """Draws thresholds over progress on the left, the run's kept fraction by layer on the right.
 
     Args:
@@ -37,6 +37,7 @@ def mask_picture(run: RunRecord, *, start: float, end: float, empty_from: float)
         start: threshold at the beginning, in the layers' unit.
         end: threshold that the ramps reach, in that unit.
         empty_from: progress in (0, 1) from which on the mask is empty.
+        begin: progress in [0, empty_from) up to which the threshold is held.
 
     Raises:
         ValueError: the run logged no mask.
@@ -47,18 +48,19 @@ def mask_picture(run: RunRecord, *, start: float, end: float, empty_from: float)
         figure = Figure(figsize=_SIZE, dpi=_DPI, layout="constrained")
         canvas = FigureCanvasAgg(figure)
         left, right = figure.subplots(1, 2)
-        _schedules(left, start, end, empty_from)
+        _schedules(left, start, end, begin, empty_from)
         _occupancy(right, run)
         canvas.draw()  # type: ignore[no-untyped-call]
         pixels = np.asarray(canvas.buffer_rgba())[..., :3].copy()  # type: ignore[no-untyped-call]
     return Image.fromarray(pixels)
 
 
-def _schedules(axes: Axes, start: float, end: float, empty_from: float) -> None:
+def _schedules(axes: Axes, start: float, end: float, begin: float, empty_from: float) -> None:
     progress = np.linspace(0, empty_from, 200, endpoint=False)
     for name in SCHEDULES:
         states = [
-            mask_state(float(at), schedule=name, start=start, end=end, empty_from=empty_from) for at in progress
+            mask_state(float(at), schedule=name, start=start, end=end, begin=begin, empty_from=empty_from)
+            for at in progress
         ]
         axes.plot(progress, [state.threshold for state in states], label=name)
     axes.axvline(empty_from, color="black", linewidth=1, linestyle=(0, (4, 3)))

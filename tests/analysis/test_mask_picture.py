@@ -10,7 +10,7 @@ import pytest
 
 from castling_det.analysis.mask_picture import mask_picture
 
-SETTINGS = dict(start=1.0, end=64.0, empty_from=0.5)
+SETTINGS = dict(start=1.0, end=64.0, begin=0.1, empty_from=0.5)
 
 
 @pytest.fixture
@@ -29,7 +29,8 @@ def test_lines_are_schedules_and_record(castling, monkeypatch):
     picture = mask_picture(castling, **SETTINGS)
     assert picture.width > 2 * picture.height > 400
     progress, threshold = drawn["geometric"]
-    np.testing.assert_allclose(np.interp(0.25, progress, threshold), 8.0, rtol=1e-2)  # half of the way from 1 to 64
+    np.testing.assert_allclose(np.interp(0.3, progress, threshold), 8.0, rtol=1e-2)  # half of the way from 1 to 64
+    assert np.all(threshold[progress <= 0.1] == 1.0)
     assert progress.max() < 0.5 and {"constant", "linear", "cosine"} < set(drawn)
     for layer, series in castling.mask.kept_fraction.items():
         np.testing.assert_array_equal(drawn[layer][0], series.steps)
