@@ -137,6 +137,9 @@ def deployed_latency() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "stacks": stacks,
     "tree_crowns": partial(runs, "tree_crowns"),
+    "tree_crowns_losses": partial(losses, "tree_crowns"),
+    "tree_crowns_ramp": partial(runs, "tree_crowns_ramp"),
+    "tree_crowns_ramp_losses": partial(losses, "tree_crowns_ramp"),
     "tree_crowns_variants": partial(runs, "tree_crowns_variants"),
     "tree_crowns_options": partial(runs, "tree_crowns_options"),
     "tree_crowns_options_losses": partial(losses, "tree_crowns_options"),
