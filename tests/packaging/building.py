@@ -42,7 +42,7 @@ def build(kind: str, source: Path, target: Path) -> Path:
 
 @dataclass(frozen=True)
 class Environment:
-    """A virtual environment that sees the packages of the running one, but not its .pth files."""
+    """A virtual environment that sees the packages of the running one, but of its .pth files setuptools' alone."""
 
     folder: Path
 
@@ -67,6 +67,9 @@ class Environment:
 def create_environment(folder: Path) -> Environment:
     run([sys.executable, "-m", "venv", "--without-pip", folder], folder.parent)
     environment = Environment(folder)
-    host = sysconfig.get_paths()["purelib"]
-    environment.site_packages.joinpath("zz_host.pth").write_text(f"{host}\n", encoding="utf-8")
+    host = Path(sysconfig.get_paths()["purelib"])
+    # MMEngine imports distutils, which from Python 3.12 on is setuptools', by this line.
+    distutils = host / "distutils-precedence.pth"
+    line = distutils.read_text(encoding="utf-8") if distutils.is_file() else ""
+    environment.site_packages.joinpath("zz_host.pth").write_text(f"{host}\n{line}\n", encoding="utf-8")
     return environment
