@@ -66,7 +66,7 @@ test: lint data
 
 # What takes longer: exports of every family, the tutorial, installing into a fresh environment.
 test-slow: $(READY) data
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m slow --timeout 3600
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -7,13 +7,13 @@ from collections.abc import Generator
 import pytest
 import torch
 
-from castling_det.compat.host import EXPORTING_TORCH
+from castling_det.compat.host import EXPORTING_TORCH, release
 from castling_det.ops import native
 from tests.stacks import TORCH
 
 WALLS = {
     (2, 6): "cannot read checkpoints safely; install torch",
-    EXPORTING_TORCH: "cannot export detectors; install torch",
+    release(EXPORTING_TORCH): "cannot export detectors; install torch",
 }
 """What torch cannot do before a version, in the words of our errors, which are not those of the notice at import."""
 

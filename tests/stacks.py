@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from castling_det.compat.host import release
+
 __all__ = ["TORCH", "needs_torch"]
 
-TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
+TORCH = release(torch.__version__)
 
 
 def needs_torch(*version: int, why: str) -> pytest.MarkDecorator:

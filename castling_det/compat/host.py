@@ -13,7 +13,7 @@ from importlib.util import find_spec
 __all__ = ["HOST_PACKAGES", "HostPackage", "check_host", "host_problems", "host_warnings", "installed_distributions"]
 
 INSTALL_HINT = "pip install 'castling-det[onedl]'"
-EXPORTING_TORCH = (2, 8)
+EXPORTING_TORCH = "2.8"
 """The first version whose exporters take our detectors: 2.6 and 2.7 were seen to fail."""
 
 
@@ -85,13 +85,13 @@ def host_warnings() -> list[str]:
     if release(torch) < (2, 6):
         return [
             f"torch {torch} cannot read checkpoints safely: training works, but conversion, export and pre-trained "
-            f"weights are refused; {INSTALL_HINT} with torch >= 2.8"
+            f"weights are refused; {INSTALL_HINT} with torch >= {EXPORTING_TORCH}"
         ]
-    if release(torch) < EXPORTING_TORCH:
+    if release(torch) < release(EXPORTING_TORCH):
         return [
             *_engine_warnings(torch),
             f"torch {torch} cannot export detectors, to ONNX or .pt2, its exporters fail on them: training and "
-            f"conversion work; {INSTALL_HINT} with torch >= {'.'.join(map(str, EXPORTING_TORCH))}",
+            f"conversion work; {INSTALL_HINT} with torch >= {EXPORTING_TORCH}",
         ]
     return _engine_warnings(torch)
 

@@ -14,9 +14,8 @@ __all__ = ["check_torch", "example_images", "export_program"]
 
 def check_torch() -> None:
     """Raises a ValueError that names the version where this torch cannot export detectors."""
-    if release(torch.__version__) < EXPORTING_TORCH:
-        needed = ".".join(map(str, EXPORTING_TORCH))
-        raise ValueError(f"torch {torch.__version__} cannot export detectors; install torch >= {needed}")
+    if release(torch.__version__) < release(EXPORTING_TORCH):
+        raise ValueError(f"torch {torch.__version__} cannot export detectors; install torch >= {EXPORTING_TORCH}")
 
 
 def example_images(network: DeployedDetector, shape: tuple[int, int, int], *, seed: int = 0) -> Tensor:
