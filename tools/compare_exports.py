@@ -25,7 +25,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compares; 0 where all files are as good as PyTorch, else 1."""
     args = parse_args(arguments)
-    from castling_det.deployment.evaluation import compare_files
+    from castling_det.export.evaluation import compare_files
 
     command = shlex.join(sys.argv if arguments is None else ["tools/compare_exports.py", *arguments])
     try:

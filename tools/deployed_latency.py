@@ -11,7 +11,7 @@ from pathlib import Path
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    from castling_det.deployment.latency import ATTENTIONS, RUNTIMES
+    from castling_det.export.latency import ATTENTIONS, RUNTIMES
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("config", help="a detector's config, of any attention")
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_args(arguments)
     import torch
 
-    from castling_det.deployment.latency import measure_latency
+    from castling_det.export.latency import measure_latency
 
     torch.set_num_threads(args.threads)
     command = shlex.join(sys.argv if arguments is None else ["tools/deployed_latency.py", *arguments])

@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Detects; see the exit codes above."""
     args = parse_args(arguments)
     try:
-        from castling_det.detector import Detector
+        from castling_det.runtime.detector import Detector
         from castling_det.runtime.run import detect_source, open_source
     except ImportError as error:
         print(f"detect: {error}; pip install 'castling-det[runtime]'", file=sys.stderr)

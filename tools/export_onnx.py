@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from castling_det.deployment.command_line import add_export_arguments, refusal
+from castling_det.export.command_line import add_export_arguments, refusal
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exports; 0 on success, 1 with one line on stderr on any refusal."""
     args = parse_args(arguments)
     try:
-        from castling_det.deployment.export import export_onnx
+        from castling_det.export.export import export_onnx
 
         report = export_onnx(
             args.config,

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from castling_det.deployment.command_line import add_export_arguments, refusal
+from castling_det.export.command_line import add_export_arguments, refusal
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exports; 0 on success, 1 with one line on stderr on any refusal."""
     args = parse_args(arguments)
     try:
-        from castling_det.deployment.package import export_package
+        from castling_det.export.package import export_package
 
         report = export_package(
             args.config,

@@ -23,8 +23,8 @@ def main() -> int:
     parser.add_argument("--empty-from", type=float, required=True, help="progress from which on the mask is empty")
     args = parser.parse_args()
     from castling_det.analysis.mask_picture import mask_picture
-    from castling_det.analysis.record import read_report
     from castling_det.files import atomic_write
+    from castling_det.report.record import read_report
 
     try:
         runs = read_report(args.report).runs

@@ -27,7 +27,8 @@ import shlex
 import sys
 from pathlib import Path
 
-from castling_det.analysis.report import (
+from castling_det.files import atomic_write
+from castling_det.report import (
     Annotations,
     RunSpec,
     build_report,
@@ -38,7 +39,6 @@ from castling_det.analysis.report import (
     strip,
     write_report,
 )
-from castling_det.files import atomic_write
 
 
 def main() -> int:

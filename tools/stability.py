@@ -51,10 +51,10 @@ def record(work_dir: Path, *, precision: str, batch_size: int, command: str) -> 
     """What the training logged; `not_finite` counts logged values that are NaN or infinite."""
     from dataclasses import asdict
 
-    from castling_det.analysis.codec import to_jsonable
-    from castling_det.analysis.machine import this_machine
-    from castling_det.analysis.record import Series
-    from castling_det.analysis.scalars import read_training_log
+    from castling_det.report.codec import to_jsonable
+    from castling_det.report.machine import this_machine
+    from castling_det.report.record import Series
+    from castling_det.report.scalars import read_training_log
 
     log = read_training_log(work_dir)
     wanted = ("loss", "grad_norm", "lr", "loss_scale")

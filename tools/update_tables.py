@@ -22,16 +22,16 @@ BLOCK = re.compile(
 
 def runs(folder: str) -> str:
     """Runs of a report, with the machine line."""
-    from castling_det.analysis.record import read_report
-    from castling_det.analysis.report import headline
+    from castling_det.report import headline
+    from castling_det.report.record import read_report
 
     return headline(read_report(RESULTS / folder / "report.json"))
 
 
 def losses(folder: str) -> str:
     """How low the training losses of a report's runs end."""
-    from castling_det.analysis.record import read_report
-    from castling_det.analysis.report import loss_table
+    from castling_det.report import loss_table
+    from castling_det.report.record import read_report
 
     return loss_table(read_report(RESULTS / folder / "report.json"))
 
@@ -71,7 +71,7 @@ def stacks() -> str:
     sys.path.insert(0, str(Path(__file__).parent))
     from test_stack import STACKS  # beside this file
 
-    from castling_det.analysis.markdown_table import markdown_table
+    from castling_det.report.markdown_table import markdown_table
 
     body = []
     for name, stack in STACKS.items():
@@ -105,7 +105,7 @@ def crashes() -> str:
 
 def stability() -> str:
     """Long trainings in half precision."""
-    from castling_det.analysis.markdown_table import markdown_table
+    from castling_det.report.markdown_table import markdown_table
 
     head = ("precision", "iterations", "batch", "not finite", "skipped", "gradient norm up to", "loss scale", "commit")
     records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("stability/*.json"))]
@@ -122,14 +122,14 @@ def stability() -> str:
 
 def exports() -> str:
     """mAP of exported files."""
-    from castling_det.deployment.evaluation import read_accuracy
+    from castling_det.export.evaluation import read_accuracy
 
     return "\n".join(read_accuracy(path).markdown() for path in sorted(RESULTS.glob("deployment/*/accuracy.json")))
 
 
 def deployed_latency() -> str:
     """Latency of exported detectors."""
-    from castling_det.deployment.latency import read_latency
+    from castling_det.export.latency import read_latency
 
     return "\n".join(read_latency(path).markdown() for path in sorted(RESULTS.glob("deployment/*/latency.json")))
 

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from castling_det.analysis.codec import read_document, write_document
-from castling_det.analysis.machine import this_machine
-from castling_det.analysis.markdown_table import markdown_table
-from castling_det.analysis.record import Machine
 from castling_det.ops import NORMALIZERS, linear_angular_packed, masked_softmax_packed
+from castling_det.report.codec import read_document, write_document
+from castling_det.report.machine import this_machine
+from castling_det.report.markdown_table import markdown_table
+from castling_det.report.record import Machine
 
 __all__ = [
     "INPUTS",

@@ -6,9 +6,9 @@ import os
 from dataclasses import dataclass
 
 from castling_det.analysis.benchmark import machine_line
-from castling_det.analysis.codec import read_document, write_document
-from castling_det.analysis.markdown_table import markdown_table
-from castling_det.analysis.record import Machine
+from castling_det.report.codec import read_document, write_document
+from castling_det.report.markdown_table import markdown_table
+from castling_det.report.record import Machine
 
 __all__ = [
     "CrashReport",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from mmengine.config import Config
 
-from castling_det.analysis.complexity import detector_complexity
 from castling_det.conversion.detectors import with_attention
 from castling_det.conversion.manifest import Macs
+from castling_det.report.complexity import detector_complexity
 
 __all__ = ["macs_before_and_after"]
 

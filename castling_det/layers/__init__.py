@@ -13,6 +13,7 @@ from castling_det.layers.levit import LevitBlock, LevitDownsample, LevitMlp, Lev
 from castling_det.layers.levit_attention import LevitAttention
 from castling_det.layers.linear_norm import ConvNorm, LinearNorm
 from castling_det.layers.local_conv import LOCAL_CONVS, LocalConv
+from castling_det.layers.options import AttentionOptions
 from castling_det.layers.pooled_attention import PooledAttention
 from castling_det.layers.pooled_block import PooledBlock
 from castling_det.layers.stem import ConvStem
@@ -21,6 +22,7 @@ __all__ = [
     "ATTENTION_MODES",
     "LOCAL_CONVS",
     "THRESHOLD_UNITS",
+    "AttentionOptions",
     "CastlingAttention",
     "CastlingBlock",
     "ConvNorm",

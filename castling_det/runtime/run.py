@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from castling_det.detector import Detector
 from castling_det.runtime.detections import Image
+from castling_det.runtime.detector import Detector
 from castling_det.runtime.predictions import CocoPredictions, write_picture
 from castling_det.runtime.preprocess import size_of
 from castling_det.runtime.progress import progress_bar

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from castling_det.analysis.attention_maps import read_picture
-from castling_det.analysis.record import read_report
 from castling_det.conversion import load_checkpoint
+from castling_det.report.attention_maps import read_picture
+from castling_det.report.record import read_report
 
 ROOT = Path(__file__).parents[2]
 TUTORIAL = ROOT / "docs" / "tutorial.md"

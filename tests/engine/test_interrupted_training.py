@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from castling_det.analysis.scalars import read_training_log
 from castling_det.conversion import load_checkpoint
+from castling_det.report.scalars import read_training_log
 from tests.engine.training import EXACT, ITERATIONS, WHOLE, Dies, checkpoint_hook, result, run
 
 OURS = {"exact_resume": EXACT, **checkpoint_hook(WHOLE)}

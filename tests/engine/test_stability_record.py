@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tests.analysis.samples import write_session
+from tests.report.samples import write_session
 from tools.stability import record, skipped_steps
 
 

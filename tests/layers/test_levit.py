@@ -11,10 +11,10 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from castling_det.analysis.complexity import count_macs
 from castling_det.layers import ATTENTION_MODES, ConvNorm, LevitAttention, LinearNorm, fuse_norms
 from castling_det.layers.levit_attention import resized_biases
 from castling_det.ops import NORMALIZERS, linear_angular_attention, masked_softmax, naive
+from castling_det.report.complexity import count_macs
 from tests.compare import assert_parity, errors
 from tests.ops.test_linear_angular import value_and_gradients
 from tests.oracles.published import published_attention

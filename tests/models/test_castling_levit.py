@@ -7,12 +7,12 @@ import timm
 import torch
 from mmdet.registry import MODELS
 
-from castling_det.analysis.complexity import count_macs
 from castling_det.conversion.probes import castling_layers as layers_to_convert
 from castling_det.engine.mask_annealing import castling_layers as layers_to_anneal
 from castling_det.layers import ATTENTION_MODES, LevitAttention
 from castling_det.models import CastlingLeViT
 from castling_det.models.backbones.castling_levit import ARCHITECTURES
+from castling_det.report.complexity import count_macs
 from tests.compare import assert_parity, errors
 from tests.layers.test_levit import randomised as randomised_layer
 from tests.stacks import needs_torch

@@ -11,10 +11,10 @@ from mmdet.registry import MODELS
 from timm.models.mvitv2 import MultiScaleVit, MultiScaleVitCfg, checkpoint_filter_fn
 from torch import nn
 
-from castling_det.analysis.complexity import count_macs
 from castling_det.engine.mask_annealing import castling_layers
 from castling_det.layers import ATTENTION_MODES, PooledAttention
 from castling_det.models import CastlingMViT
+from castling_det.report.complexity import count_macs
 from tests.compare import assert_parity, errors
 from tests.layers.test_attention import randomised
 

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from castling_det.analysis.complexity import count_macs
 from castling_det.models import CSPPAN
+from castling_det.report.complexity import count_macs
 from tests.compare import assert_parity, errors
 
 # PaddleDetection, configs/picodet/_base_/picodet_esnet.yml and legacy_model/picodet_{s,m,l}_*: ESNet's channels at

@@ -18,7 +18,7 @@ from mmengine.registry import OPTIMIZERS, PARAM_SCHEDULERS, init_default_scope
 from mmengine.structures import InstanceData
 from torch import nn
 
-from castling_det.analysis.complexity import detector_complexity
+from castling_det.report.complexity import detector_complexity
 from tests.models.test_csp_pan import neck_params
 from tests.models.test_pico_head import head_params
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from castling_det.analysis.complexity import count_macs
 from castling_det.layers import CastlingAttention, CastlingBlock
 from castling_det.models import CastlingViT
+from castling_det.report.complexity import count_macs
 
 SIDE = 3
 

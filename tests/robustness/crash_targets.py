@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from PIL import Image
 
-from castling_det.analysis.work_dir import find_checkpoint
 from castling_det.conversion import load_checkpoint
 from castling_det.experiments import mmdet_tool
+from castling_det.report.work_dir import find_checkpoint
 
 __all__ = ["ROOT", "Target", "load_libraries", "targets"]
 
@@ -199,8 +199,3 @@ def load_libraries() -> None:
     import mmengine.runner  # noqa: F401
 
     matplotlib.use("Agg")
-    import castling_det.analysis.report
-    import castling_det.conversion
-    import castling_det.datasets.coco
-    import castling_det.engine
-    import castling_det.models  # noqa: F401

@@ -22,8 +22,8 @@ from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from castling_det.analysis.machine import this_machine
 from castling_det.analysis.robustness import CrashReport, CrashTarget, crash_markdown, write_crashes
+from castling_det.report.machine import this_machine
 from tests.robustness.crash_targets import ROOT, STUDY, Target, load_libraries, targets
 
 TRIES = 8

@@ -10,8 +10,8 @@ import torch
 from mmengine.config import Config
 
 from castling_det.conversion.detectors import build_detector, with_attention
-from castling_det.deployment.export import export_onnx
-from castling_det.detector import Detector
+from castling_det.export.export import export_onnx
+from castling_det.runtime.detector import Detector
 from tests.conversion.conftest import _TINY, randomised_state
 from tests.runtime.conftest import photo
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import castling_det
-from castling_det.detector import Detector
+from castling_det.runtime.detector import Detector
 from castling_det.runtime.onnx_detector import OnnxDetector
 from tests.runtime.conftest import METADATA, photo, spot_model
 

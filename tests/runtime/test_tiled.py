@@ -7,8 +7,8 @@ import pytest
 
 pytest.importorskip("sahi")
 
-from castling_det.detector import Detector
 from castling_det.runtime.detections import Detections
+from castling_det.runtime.detector import Detector
 from castling_det.runtime.sources import read_image
 from castling_det.runtime.tiled import TileModel, detect_tiled
 from tests.runtime.conftest import FULL, REAL, needs_data, photo, spot_model

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from castling_det.analysis.codec import read_document, write_document
-from castling_det.analysis.record import Machine
+from castling_det.report.codec import read_document, write_document
+from castling_det.report.record import Machine
 
 __all__ = [
     "DTYPES",

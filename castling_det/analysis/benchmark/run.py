@@ -21,7 +21,7 @@ from castling_det.analysis.benchmark.parity import Parity, check_parity, toleran
 from castling_det.analysis.benchmark.record import BenchmarkReport, BenchmarkRow
 from castling_det.analysis.benchmark.subject import Subject, build_subject
 from castling_det.analysis.benchmark.variants import VARIANTS, Variant
-from castling_det.analysis.machine import this_machine
+from castling_det.report.machine import this_machine
 
 __all__ = ["run_benchmark"]
 

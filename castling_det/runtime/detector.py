@@ -1,0 +1,143 @@
+"""A trained detector in three lines: an exported ONNX file, or a PyTorch checkpoint with its config."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from castling_det.runtime.detections import Backend, Detections, Image
+from castling_det.runtime.draw import draw_detections
+from castling_det.runtime.sources import MAX_PIXELS, check_image, read_image
+
+__all__ = ["Detector"]
+
+
+class Detector:
+    """Finds objects in images.
+
+        detector = castling_det.Detector("deploy.onnx")
+        detections = detector("photo.jpg")
+        print(detections.names, detections.boxes)
+
+    An ONNX file needs numpy, OpenCV and onnxruntime alone (`pip install castling-det[runtime]`).
+
+    Args:
+        model: ONNX file of `tools/export_onnx.py`, or a checkpoint `.pth`.
+        config: of the checkpoint, a file or `castling_det::...`; an ONNX file needs none.
+        device: `"cpu"`, `"cuda"` or `"cuda:N"`.
+        score_thr: detections below it are left out, beside what the model itself leaves out.
+        batch_size: images, or tiles of one, that go through the network at once.
+        tile: side in pixels of the square tiles in which an image larger than that is taken, through SAHI; None takes
+            every image whole, at the network's own size.
+        overlap: of neighbouring tiles, a fraction of `tile` in [0, 1).
+        max_pixels: height x width of the largest image that is taken.
+
+    Attributes:
+        classes: names by label.
+
+    Raises:
+        ValueError: a file that is missing or of another kind, an unknown device, or a setting out of range.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        config: str | os.PathLike[str] | None = None,
+        *,
+        device: str = "cpu",
+        score_thr: float = 0.0,
+        batch_size: int = 1,
+        tile: int | None = None,
+        overlap: float = 0.2,
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
+        if not 0 <= score_thr <= 1:
+            raise ValueError(f"score_thr={score_thr}: expected a score in [0, 1]")
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}: expected at least 1")
+        if tile is not None and tile < 16:
+            raise ValueError(f"tile={tile}: expected at least 16 pixels, or None for whole images")
+        if not 0 <= overlap < 1:
+            raise ValueError(f"overlap={overlap}: expected a fraction of the tile in [0, 1), such as 0.2")
+        self.score_thr = score_thr
+        self.batch_size = batch_size
+        self.tile = tile
+        self.overlap = overlap
+        self.max_pixels = max_pixels
+        if tile is not None:
+            _tiling()
+        self.backend = _load(model, config, device)
+        self.classes = self.backend.classes
+
+    def __call__(self, image: str | os.PathLike[str] | Image) -> Detections:
+        """The detections in a file, or in an array (height, width, 3) of uint8 in the order BGR, as OpenCV has it.
+
+        Raises:
+            ValueError: not an image, the wrong number of channels, or more than `max_pixels`.
+        """
+        return self.detect([image])[0]
+
+    def detect(self, images: Sequence[str | os.PathLike[str] | Image]) -> list[Detections]:
+        """As a call for each image, `batch_size` at once. Errors as there; the first one stops."""
+        loaded = [self._loaded(image) for image in images]
+        found: list[Detections | None] = [None] * len(loaded)
+        whole = [index for index, image in enumerate(loaded) if not self._is_tiled(image)]
+        for start in range(0, len(whole), self.batch_size):
+            batch = whole[start : start + self.batch_size]
+            for index, detections in zip(batch, self.backend.detect([loaded[i] for i in batch]), strict=True):
+                found[index] = detections
+        for index, image in enumerate(loaded):
+            if found[index] is None:
+                assert self.tile is not None
+                found[index] = _tiling()(
+                    self.backend, image, tile=self.tile, overlap=self.overlap, batch_size=self.batch_size
+                )
+        return [detections.above(self.score_thr) for detections in found if detections is not None]
+
+    def draw(self, image: str | os.PathLike[str] | Image, detections: Detections) -> Image:
+        """A copy of the image with the detections on it, by MMDetection's visualizer where the model is its own."""
+        draw = getattr(self.backend, "draw", draw_detections)
+        picture: Image = draw(self._loaded(image), detections)
+        return picture
+
+    def _loaded(self, image: str | os.PathLike[str] | Image) -> Image:
+        if isinstance(image, (str, os.PathLike)):
+            return read_image(image, max_pixels=self.max_pixels)
+        return check_image(image, max_pixels=self.max_pixels)
+
+    def _is_tiled(self, image: Image) -> bool:
+        return self.tile is not None and max(image.shape[:2]) > self.tile
+
+
+def _load(model: str | os.PathLike[str], config: str | os.PathLike[str] | None, device: str) -> Backend:
+    path = Path(model)
+    if path.suffix == ".onnx":
+        if config is not None:
+            raise ValueError(f"config {config}: {path} is an ONNX file, which needs none")
+        from castling_det.runtime.onnx_detector import OnnxDetector
+
+        return OnnxDetector(path, device=device)
+    if path.suffix not in (".pth", ".pt"):
+        raise ValueError(f"model {path}: expected an .onnx file or a checkpoint .pth")
+    if not path.is_file():
+        raise ValueError(f"model {path}: no such file")
+    if config is None:
+        raise ValueError(f"model {path}: a checkpoint needs its config; give it (--config), or export an .onnx file")
+    try:
+        from castling_det.runtime.torch_detector import TorchDetector
+    except ImportError as error:
+        raise ValueError(
+            f"model {path}: a checkpoint needs PyTorch and MMDetection ({error}); pip install 'castling-det[onedl]', "
+            "or export an .onnx file"
+        ) from None
+    return TorchDetector(path, config, device=device)
+
+
+def _tiling() -> Any:
+    try:
+        from castling_det.runtime.tiled import detect_tiled
+    except ImportError as error:
+        raise ValueError(f"tile: needs SAHI ({error}); pip install 'castling-det[sahi]'") from None
+    return detect_tiled

@@ -1,0 +1,300 @@
+"""tools/export_onnx.py: one file that runs at any size, what it says of itself, and every refusal."""
+
+from __future__ import annotations
+
+import copy
+import errno
+import os
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from castling_det.conversion.detectors import with_attention
+from castling_det.export import export as exporting
+from castling_det.export.attention_check import check_linear_only, softmax_uses
+from castling_det.export.export import example_shape, export_onnx
+from castling_det.export.metadata import PREFIX, FileMetadata
+from castling_det.export.network import DeployedDetector
+from castling_det.export.onnx_file import onnx_runner
+from castling_det.export.parity import check_parity, default_shapes
+from castling_det.export.program import example_images, export_program
+from tests.export.conftest import randomised, tiny_config
+from tools import export_onnx as tool
+
+pytest.importorskip("onnxscript")
+
+
+@pytest.fixture(scope="module")
+def traced():
+    """The program of the tiny GFL detector and its ONNX form; tracing is most of the time of an export."""
+    kept = {}
+
+    def remember(name, function):
+        def call(*args, **kwargs):
+            if name not in kept:
+                kept[name] = function(*args, **kwargs)
+            return copy.deepcopy(kept[name]) if name == "onnx_model" else kept[name]
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("export_program", "onnx_model"):
+            patch.setattr(exporting, name, remember(name, getattr(exporting, name)))
+        yield
+
+
+@pytest.fixture
+def exported(traced, deployable, tmp_path):
+    """Exports the tiny GFL detector; `exported(**options)` gives the report."""
+    config, checkpoint = deployable("gfl_vit")
+
+    def export(**options):
+        return export_onnx(config, checkpoint, tmp_path / "out" / "tiny.onnx", **options)
+
+    return export
+
+
+def metadata(path):
+    return {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+
+
+def test_the_file_gives_mmdetections_detections_at_sizes_it_was_not_traced_with(exported, tiny):
+    report = exported()
+    _, detector = tiny("gfl_vit")
+    network = DeployedDetector(detector).eval()
+    assert not {example_shape(network)} & {result.shape for result in report.parity}
+    assert len(report.parity) >= 3 and all(result.detections for result in report.parity)
+    run = onnx_runner(report.path)
+    for shape in [(1, 32, 32), (4, 32, 256), (1, 288, 64)]:
+        found = run(example_images(network, shape).numpy())
+        assert found["boxes"].shape == (shape[0], 30, 4) and found["scores"].shape == (shape[0], 30)
+        assert found["boxes"].dtype == found["scores"].dtype == np.float32 and found["labels"].dtype == np.int64
+        assert ((found["labels"] == -1) == (found["scores"] == 0)).all()
+    assert "parity with PyTorch at 3 sizes" in report.summary()
+
+
+def test_the_file_is_a_valid_model_with_one_nms_and_no_path_of_this_machine(exported):
+    path = exported().path
+    model = onnx.load(path)
+    onnx.checker.check_model(model, full_check=True)
+    assert [entry.version for entry in model.opset_import if entry.domain == ""] == [20]
+    assert sum(node.op_type == "NonMaxSuppression" for node in model.graph.node) == 1
+    assert {node.domain for node in model.graph.node} == {""}
+    sizes = model.graph.input[0].type.tensor_type.shape.dim
+    assert [size.dim_value for size in sizes] == [0, 3, 0, 0] and model.graph.input[0].name == "images"
+    assert os.getcwd().encode() not in path.read_bytes() and b"site-packages" not in path.read_bytes()
+
+
+def test_the_metadata_say_what_a_reader_needs(exported):
+    report = exported()
+    found = metadata(report.path)
+    assert found[f"{PREFIX}format"] == '"1"' and found[f"{PREFIX}classes"] == '["tree", "shrub", "rock"]'
+    assert FileMetadata.from_properties(found, report.path) == report.metadata
+    assert report.metadata.pad_values == (103.53, 116.28, 123.675) and report.metadata.mean[0] == 123.675
+    assert report.metadata.pipeline == (
+        {"type": "Resize", "scale": [64, 96], "keep_ratio": True, "interpolation": "bilinear"},
+    )
+    assert report.metadata.nms_iou == 0.6 and report.metadata.input_size == (64, 96)
+
+
+def test_padding_values_become_zero():
+    config = tiny_config("gfl_vit")
+    del config
+    network = DeployedDetector(randomised(exporting.build_detector(tiny_config("gfl_vit")))).eval()
+    values = torch.tensor(network.normalization.pad_values).view(1, 3, 1, 1).expand(1, 3, 32, 32)
+    seen = []
+    network.detector.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    network(values)
+    assert not seen[0].any()
+
+
+def test_metadata_of_other_files_are_refused():
+    with pytest.raises(ValueError, match=r"no castling_det\.format"):
+        FileMetadata.from_properties({"other": "1"}, "x.onnx")
+    with pytest.raises(ValueError, match=r"format='2': expected '1'"):
+        FileMetadata.from_properties({f"{PREFIX}format": '"2"'}, "x.onnx")
+    with pytest.raises(ValueError, match=r"missing \['attention'"):
+        FileMetadata.from_properties({f"{PREFIX}format": '"1"'}, "x.onnx")
+
+
+def test_raw_heads_are_the_heads_own_maps(exported):
+    report = exported(raw=True)
+    assert report.metadata.outputs == "raw"
+    found = onnx_runner(report.path)(np.zeros((2, 3, 64, 96), np.float32))
+    assert {name: value.shape for name, value in found.items()} == {
+        "raw_cls_score_0": (2, 3, 8, 12),
+        "raw_cls_score_1": (2, 3, 4, 6),
+        "raw_bbox_pred_0": (2, 36, 8, 12),
+        "raw_bbox_pred_1": (2, 36, 4, 6),
+    }
+    assert not any(node.op_type == "NonMaxSuppression" for node in onnx.load(report.path).graph.node)
+
+
+def test_int8_quantises_the_linear_layers_alone(exported):
+    whole, small = exported(), exported(precision="int8")
+    nodes = [node.op_type for node in onnx.load(small.path).graph.node]
+    # qkv, proj, fc1 and fc2 of one block; the products of the attention keep their precision.
+    assert nodes.count("MatMulInteger") == 4 and nodes.count("MatMul") >= 2
+    assert small.tolerance is None and max(result.raw for result in small.parity) > max(r.raw for r in whole.parity)
+
+
+def test_a_file_that_differs_from_pytorch_is_not_written(exported, tmp_path, monkeypatch):
+    run = exporting.onnx_runner
+
+    def shifted(model, **options):
+        inner = run(model, **options)
+        return lambda images: {name: value + (name == "boxes") for name, value in inner(images).items()}
+
+    monkeypatch.setattr(exporting, "onnx_runner", shifted)
+    with pytest.raises(
+        ValueError, match=r"differs from PyTorch beyond the tolerance at 1 x .*\d+ unmatched of \d+ detections"
+    ):
+        exported()
+    assert not list((tmp_path / "out").glob("*")) if (tmp_path / "out").exists() else True
+
+
+def test_a_full_disk_leaves_the_older_file_and_nothing_else(exported, monkeypatch):
+    report = exported()
+    before = report.path.read_bytes()
+
+    def full(self, content):
+        with self.open("wb") as file:
+            file.write(content[: len(content) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    with pytest.raises(OSError, match=r"cannot be written \(No space left on device\); an older one is as it was"):
+        exported()
+    assert report.path.read_bytes() == before
+    assert [path.name for path in report.path.parent.iterdir()] == ["tiny.onnx"]
+
+
+def program_of(config):
+    network = DeployedDetector(randomised(exporting.build_detector(config)), nms_as_operator=False).eval()
+    return export_program(network, example_shape(network))
+
+
+def test_softmax_attention_in_the_graph_is_refused():
+    program = program_of(with_attention(tiny_config("gfl_vit"), "softmax"))
+    with pytest.raises(ValueError, match=r"softmax attentions? are left in the graph, in detector\.backbone\."):
+        check_linear_only(program)
+
+
+def test_the_distributions_of_boxes_are_no_attention(exported):
+    uses = exported().softmax
+    assert len(uses) == 2 and not any(use.is_attention for use in uses)
+
+
+def test_attention_outside_of_the_backbone_is_found_by_what_it_multiplies():
+    class Attends(torch.nn.Module):
+        def forward(self, x):
+            return (x @ x.transpose(1, 2)).softmax(-1).clone().nan_to_num() @ x
+
+    class Scores(torch.nn.Module):
+        def forward(self, x):
+            return x.softmax(-1) @ torch.ones(4, 2)
+
+    image = torch.randn(2, 3, 4)
+    assert [use.is_attention for use in softmax_uses(torch.export.export(Attends(), (image,)))] == [True]
+    assert [use.is_attention for use in softmax_uses(torch.export.export(Scores(), (image,)))] == [False]
+
+
+def test_a_softmax_inside_the_backbone_is_attention_whatever_it_multiplies():
+    class Detector(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.backbone, self.head = torch.nn.Softmax(-1), torch.nn.Softmax(-1)
+
+        def forward(self, x):
+            return self.backbone(x), self.head(x)
+
+    program = torch.export.export(Detector(), (torch.randn(2, 3),))
+    found = {use.path: use.is_attention for use in softmax_uses(program)}
+    assert found == {"backbone": True, "head": False}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["picodet_levit", "rtmdet_levit", "gfl_mvit", "retinanet_vit", "mask_rcnn_vit"])
+def test_every_family_exports(deployable, tmp_path, family):
+    config, checkpoint = deployable(family)
+    report = export_onnx(config, checkpoint, tmp_path / "out.onnx")
+    assert all(result.detections for result in report.parity)
+    assert ("boxes only" in " ".join(report.metadata.notes)) == (family == "mask_rcnn_vit")
+
+
+@pytest.mark.slow
+def test_dino_exports_where_its_own_attention_is_allowed(deployable, tmp_path):
+    config, checkpoint = deployable("dino_vit")
+    with pytest.raises(ValueError, match=r"softmax attentions? are left in the graph, in decoder\."):
+        export_onnx(config, checkpoint, tmp_path / "out.onnx")
+    report = export_onnx(config, checkpoint, tmp_path / "out.onnx", allow_head_softmax=True)
+    assert report.metadata.nms_iou is None and all(result.detections for result in report.parity)
+
+
+@pytest.mark.slow
+def test_float16_accumulates_in_float32(deployable, tmp_path):
+    config, checkpoint = deployable("gfl_vit")
+    report = export_onnx(config, checkpoint, tmp_path / "half.onnx", precision="float16")
+    graph = onnx.load(report.path).graph
+    types = {entry.name: entry.type.tensor_type.elem_type for entry in graph.value_info}
+    norms = [node for node in graph.node if node.op_type in ("ReduceL2", "LayerNormalization")]
+    assert norms and all(types[node.output[0]] == onnx.TensorProto.FLOAT for node in norms)
+    assert any(entry.data_type == onnx.TensorProto.FLOAT16 for entry in graph.initializer)
+
+
+def arguments(tmp_path, config, checkpoint, *more):
+    path = tmp_path / "tiny.py"
+    config.dump(path)
+    return [str(path), str(checkpoint), str(tmp_path / "out.onnx"), *more]
+
+
+def test_the_tool_reports_and_exits_with_zero(traced, deployable, tmp_path, capsys):
+    assert tool.main(arguments(tmp_path, *deployable("gfl_vit"))) == 0
+    assert "attention: linear; softmax in the graph: 2 in DenseDecoder" in capsys.readouterr().out
+    assert (tmp_path / "out.onnx").is_file()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda a, _: [str(a[0]) + "x", *a[1:]], "no such file; give the config"),
+        (lambda a, _: [a[0], str(a[1]) + "x", a[2]], "no such file; check the path"),
+        (lambda a, _: [a[0], a[0], a[2]], "not a checkpoint"),
+        (lambda a, _: [*a[:2], a[2] + ".pth"], "expected a .onnx file"),
+        (lambda a, folder: [*a[:2], str(folder / "folder.onnx")], "is a folder"),
+        (lambda a, _: [*a, "--shapes", "64x64"], "--shapes 64x64: expected batch, height and width"),
+        (lambda a, _: [*a, "--shapes", "1x50x64"], "50"),
+    ],
+)
+def test_the_tool_refuses_in_one_line(traced, deployable, tmp_path, capsys, change, message):
+    (tmp_path / "folder.onnx").mkdir()
+    given = change(arguments(tmp_path, *deployable("gfl_vit")), tmp_path)
+    assert tool.main(given) == 1
+    line = capsys.readouterr().err
+    assert message in line and line.startswith("export_onnx: ") and line.count("\n") == 1
+    assert not (tmp_path / "out.onnx").exists() and not list(tmp_path.glob(".*part*"))
+
+
+def test_a_checkpoint_that_is_not_converted_is_refused(deployable, tmp_path):
+    config, _ = deployable("gfl_vit")
+    hybrid = with_attention(config, "castling")
+    _, checkpoint = deployable("gfl_vit", cfg=hybrid.pretty_text)
+    with pytest.raises(ValueError, match=r"attention='castling' and is not converted; run tools/convert.py"):
+        export_onnx(hybrid, checkpoint, tmp_path / "out.onnx")
+    assert not (tmp_path / "out.onnx").exists()
+
+
+def test_a_softmax_config_is_refused(deployable, tmp_path):
+    config, checkpoint = deployable("gfl_vit")
+    with pytest.raises(ValueError, match="attention='softmax'"):
+        export_onnx(with_attention(config, "softmax"), checkpoint, tmp_path / "out.onnx")
+
+
+def test_parity_is_not_checked_at_the_size_of_tracing_alone():
+    network = DeployedDetector(randomised(exporting.build_detector(tiny_config("gfl_vit")))).eval()
+    shapes = default_shapes(network)
+    assert example_shape(network) not in shapes and len({shape[0] for shape in shapes}) == 3
+    assert any(height != width for _, height, width in shapes)
+    assert callable(check_parity)

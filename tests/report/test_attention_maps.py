@@ -1,0 +1,316 @@
+"""The weights that are shown are those that the layers compute with; the pictures show them where they belong."""
+
+from __future__ import annotations
+
+import math
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from PIL import Image
+
+from castling_det.conversion.detectors import build_detector
+from castling_det.layers import CastlingAttention, LevitAttention, PooledAttention
+from castling_det.ops import naive
+from castling_det.report.attention_maps import (
+    AttentionPicture,
+    attention_layers,
+    attention_picture,
+    branch_weights,
+    capture,
+    layer_weights,
+    load_detector,
+    query_at,
+    read_picture,
+)
+from castling_det.report.attention_maps import picture as picture_module
+
+HW = (5, 7)
+
+
+def castling(**options):
+    return CastlingAttention(12, 3, num_prefix_tokens=2, **options)
+
+
+def levit(**options):
+    return LevitAttention(12, 10, key_dim=4, num_heads=3, resolution=6, **options)
+
+
+def levit_subsampled(**options):
+    return LevitAttention(12, 10, key_dim=4, num_heads=3, query_stride=2, resolution=6, **options)
+
+
+def mvit_fewer_keys(**options):
+    return PooledAttention(12, 3, stride_kv=2, grid=(4, 6), **options)
+
+
+def mvit_fewer_queries(**options):
+    return PooledAttention(12, 3, stride_q=2, grid=(4, 6), **options)
+
+
+LAYERS = (castling, levit, levit_subsampled, mvit_fewer_keys, mvit_fewer_queries)
+
+
+def randomised(make, **options):
+    """Every parameter and statistic random, in float64, and tokens for it."""
+    generator = torch.Generator().manual_seed(0)
+    layer = make(**options).double().eval()
+    for name, value in layer.state_dict().items():
+        if value.is_floating_point():
+            noise = torch.randn(value.shape, generator=generator, dtype=torch.float64) * 0.6
+            value.copy_(noise.abs() + 0.5 if name.endswith(("running_var", "norm_q.weight")) else noise)
+    prefix = getattr(layer, "num_prefix_tokens", 0)
+    return layer, torch.randn(1, prefix + HW[0] * HW[1], 12, generator=generator, dtype=torch.float64)
+
+
+@torch.no_grad()
+def core(layer, x):
+    """What the layer computes between its projections, without the local convolution: (B, H, M, V)."""
+    if layer.dconv is not None:
+        layer.dconv.weight.zero_()
+    if isinstance(layer, CastlingAttention):
+        merged = layer.attend(layer.qkv(x), HW)
+    elif isinstance(layer, LevitAttention):
+        q, k, v = (part.transpose(1, 2) for part in layer.head_inputs(x, HW)[:3])
+        merged = layer.attend(q, k, v, HW)
+    else:
+        layer.proj = torch.nn.Identity()
+        residual = layer.head_inputs(x, HW).q.transpose(1, 2).flatten(-2)
+        merged = layer(x, HW)[0] - residual
+    return merged.unflatten(-1, (layer.num_heads, -1)).transpose(1, 2)
+
+
+@torch.no_grad()
+def shown(layer, x, aux=False):
+    inputs = layer.head_inputs(x, HW)
+    weights = branch_weights(layer, inputs, HW)
+    return layer_weights(layer, weights, inputs, aux=aux) @ inputs.v, weights, inputs
+
+
+@pytest.mark.parametrize("normalizer", ["l2", "kernel"])
+@pytest.mark.parametrize("make", LAYERS)
+def test_linear_weights_times_values_are_what_the_layer_computes(make, normalizer):
+    layer, x = randomised(make, mode="linear", normalizer=normalizer)
+    values, weights, inputs = shown(layer, x)
+    torch.testing.assert_close(values, core(layer, x), rtol=1e-10, atol=1e-12)
+    wrong = weights.linear / weights.divisor.unsqueeze(-1)
+    wrong = wrong.roll(1, dims=-1) @ inputs.v  # negative control: each weight at its neighbour's place
+    assert (wrong - core(layer, x)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("make", LAYERS)
+def test_softmax_weights_hold_the_position_biases(make):
+    layer, x = randomised(make, mode="softmax")
+    values, weights, inputs = shown(layer, x)
+    expected = core(layer, x)
+    torch.testing.assert_close(values, expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(weights.softmax.sum(-1), torch.ones_like(weights.divisor))
+    if inputs.bias is not None:
+        without = branch_weights(layer, inputs._replace(bias=None), HW)
+        assert (without.softmax @ inputs.v - expected).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("normalizer", ["l2", "kernel"])
+@pytest.mark.parametrize("make", LAYERS)
+def test_hybrid_weights_are_what_training_computes(make, normalizer):
+    options = dict(mode="castling", normalizer=normalizer, threshold=0.8, threshold_unit="uniform", eval_aux=True)
+    layer, x = randomised(make, **options)
+    layer.aux_scale = 0.7
+    values, weights, _ = shown(layer, x, aux=True)
+    expected = core(layer, x)
+    torch.testing.assert_close(values, expected, rtol=1e-10, atol=1e-12)
+    stats = layer.mask_stats
+    assert 0 < float(stats.kept_fraction) < 1
+    torch.testing.assert_close(weights.kept_fraction.mean().float(), stats.kept_fraction)
+    torch.testing.assert_close(weights.kept_mass.mean().float(), stats.kept_mass)
+    layer.threshold = 1.2  # negative control: another mask
+    assert (shown(layer, x, aux=True)[0] - expected).abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_rows_equal_the_naive_operators():
+    layer, x = randomised(castling, mode="castling", normalizer="kernel", threshold=0.9, threshold_unit="uniform")
+    inputs = layer.head_inputs(x, HW)
+    q, k, v = inputs[:3]
+    weights = branch_weights(layer, inputs, HW)
+    kernel = weights.linear / weights.divisor.unsqueeze(-1)
+    torch.testing.assert_close(kernel @ v, naive.linear_angular_attention(q, k, v, normalizer="kernel"))
+    assert weights.linear.min() >= 0.5 - 1 / math.pi and weights.linear.max() <= 0.5 + 1 / math.pi
+    masked = naive.masked_softmax(q, k, v, layer.absolute_threshold(k.shape[2]))
+    torch.testing.assert_close(weights.kept @ v, masked.out)
+    torch.testing.assert_close(weights.kept_mass, masked.kept_mass)
+    torch.testing.assert_close(weights.kept_fraction.mean().float(), masked.kept_fraction)
+    layer.normalizer = "l2"
+    weights = branch_weights(layer, inputs, HW)
+    linear = weights.linear / weights.divisor.unsqueeze(-1)
+    torch.testing.assert_close(linear @ v, naive.linear_angular_attention(q, k, v, normalizer="l2"))
+    some = branch_weights(layer, inputs, HW, queries=[3, 30])
+    for name in ("softmax", "linear", "divisor"):
+        torch.testing.assert_close(getattr(some, name), getattr(weights, name)[:, :, [3, 30]])
+
+
+def test_a_zero_token_stays_zero():
+    layer, x = randomised(castling, mode="linear", qkv_bias=False)
+    x[:, 5] = 0
+    values, weights, _ = shown(layer, x)
+    assert weights.linear.isfinite().all() and values.isfinite().all()
+    torch.testing.assert_close(values, core(layer, x), rtol=1e-10, atol=1e-12)
+
+
+BACKBONES = {
+    "vit": dict(type="castling_det.CastlingViT", embed_dims=16, depth=2, num_heads=2, patch_size=8, img_size=64),
+    "levit": dict(
+        type="castling_det.CastlingLeViT",
+        arch=dict(embed_dims=(16, 24), num_heads=(2, 3), depths=(1, 1), key_dim=8),
+        out_indices=(0, 1, 2),
+    ),
+    "mvit": dict(
+        type="castling_det.CastlingMViT", arch=dict(depths=(1, 1), embed_dims=16), img_size=64, out_indices=(0, 1)
+    ),
+}
+PIPELINE = [
+    dict(type="LoadImageFromFile"),
+    dict(type="Resize", scale=(96, 64), keep_ratio=True),
+    dict(type="PackDetInputs", meta_keys=("img_id", "img_shape", "scale_factor")),
+]
+
+
+def detector(family, tmp_path, **options):
+    """A config file, a checkpoint file and an image of 60 x 90 pixels, which the pipeline brings to 64 x 96."""
+    channels = {"vit": [16], "levit": [8, 16, 24], "mvit": [16, 32]}[family]
+    text = dict(
+        default_scope="mmdet",
+        model=dict(
+            type="RetinaNet",
+            data_preprocessor=dict(type="DetDataPreprocessor", pad_size_divisor=32),
+            backbone=dict(BACKBONES[family], **{"attention": "castling", **options}),
+            neck=dict(type="FPN", in_channels=channels, out_channels=8, num_outs=len(channels)),
+            bbox_head=dict(
+                type="RetinaHead",
+                num_classes=1,
+                in_channels=8,
+                feat_channels=8,
+                stacked_convs=1,
+                anchor_generator=dict(
+                    type="AnchorGenerator", scales=[4], ratios=[1.0], strides=[8, 16, 32][: len(channels)]
+                ),
+            ),
+        ),
+        test_dataloader=dict(dataset=dict(type="CocoDataset", pipeline=PIPELINE)),
+    )
+    config, checkpoint, image = tmp_path / "c.py", tmp_path / "c.pth", tmp_path / "image.png"
+    Config(text).dump(config)
+    torch.manual_seed(0)
+    torch.save({"state_dict": build_detector(Config.fromfile(config)).state_dict()}, checkpoint)
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 90, 3), dtype=np.uint8)).save(image)
+    return config, checkpoint, image
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", BACKBONES)
+def test_every_backbone_is_captured_as_it_runs(family, tmp_path):
+    config, checkpoint, image = detector(family, tmp_path)
+    loaded, model, meta = load_detector(config, checkpoint)
+    names = list(attention_layers(model))
+    assert len(names) == {"vit": 2, "levit": 3, "mvit": 2}[family]
+    outputs = {}
+    for name, layer in attention_layers(model).items():
+        layer.register_forward_pre_hook(lambda _, arguments, name=name: outputs.update({name: arguments}))
+        captured = capture(loaded, model, image, name, meta)
+        x, hw = outputs[name]
+        torch.testing.assert_close(captured.inputs.v, layer.head_inputs(x, hw).v)
+        cells = captured.inputs.query_hw[0] * captured.inputs.query_stride * captured.stride
+        assert captured.shape == (64, 96) and cells == 64, name
+        cell = 64 // captured.inputs.query_hw[0]
+        # (59, 29) of 90 x 60 pixels lies at x = 62.9, y = 30.9 of 96 x 64.
+        assert query_at(captured, (59, 29)) == (30 // cell, 62 // cell), name
+    picture = attention_picture(captured, [(5, 55), (89, 0)], thresholds=[1.0, 0.01])
+    assert picture.image.width > picture.image.height > 100
+    assert "(89, 0) is row 0" in picture.caption and names[-1] in picture.caption
+
+
+def test_the_panels_show_the_chosen_token(tmp_path, monkeypatch):
+    config, checkpoint, image = detector("vit", tmp_path, normalizer="kernel", threshold=1.0, threshold_unit="uniform")
+    loaded, model, meta = load_detector(config, checkpoint)
+    captured = capture(loaded, model, image, "blocks.0", meta)
+    # The image of 90 x 60 is seen at 96 x 64, where a token is 8 x 8: x = 80 lies at 85.3, y = 33 at 35.2.
+    assert query_at(captured, (80, 33)) == (4, 10)
+    drawn = []
+    monkeypatch.setattr(picture_module, "draw", lambda _, rows: drawn.extend(rows) or Image.new("RGB", (9, 9)))
+    attention_picture(captured, [(80, 33)], head=1)
+    row = branch_weights(captured.layer, captured.inputs, captured.hw, queries=[4 * 12 + 10])
+    softmax, linear, mask = drawn[0].panels
+    assert drawn[0].token == (4, 10)
+    np.testing.assert_allclose(softmax.values, row.softmax[0, 1, 0].reshape(8, 12))
+    np.testing.assert_allclose(linear.values, (row.linear[0, 1, 0] / row.divisor[0, 1, 0]).reshape(8, 12))
+    np.testing.assert_allclose(np.nan_to_num(mask.values), row.kept[0, 1, 0].reshape(8, 12))
+    assert 0 < np.isnan(mask.values).sum() < mask.values.size
+    assert f"keeps {float(row.kept_fraction[0, 1, 0]):.1%}" in mask.title and "at 1/N" in mask.title
+    other = branch_weights(captured.layer, captured.inputs, captured.hw, queries=[10 * 8 + 4])
+    assert np.abs(softmax.values - other.softmax[0, 1, 0].reshape(8, 12).numpy()).max() > 1e-6
+
+
+def test_the_token_is_marked_where_it_lies(tmp_path):
+    config, checkpoint, image = detector("vit", tmp_path)
+    Image.new("RGB", (90, 60), (0, 90, 0)).save(image)
+    loaded, model, _ = load_detector(config, checkpoint)
+    pixels = np.asarray(attention_picture(capture(loaded, model, image), [(80, 33)]).image).astype(int)
+    first = pixels[:, : pixels.shape[1] // 4]
+    inside = np.argwhere((first[..., 1] > 60) & (first[..., 0] < 20))  # the green image
+    (top, left), (bottom, right) = inside.min(0), inside.max(0)
+    outline = np.argwhere((first[top:bottom, left:right] > 230).all(-1)).mean(0) / (bottom - top, right - left)
+    np.testing.assert_allclose(outline, [(4.5 * 8) / 64, (10.5 * 8) / 96], atol=0.02)
+
+
+def test_windows_are_refused(tmp_path):
+    config, checkpoint, image = detector("vit", tmp_path, attention="softmax")
+    loaded, model, _ = load_detector(config, checkpoint)
+    model.backbone.blocks[0].window_size = 2
+    with pytest.raises(ValueError, match=r"'blocks\.0': attends in 24 windows"):
+        capture(loaded, model, image, "blocks.0")
+
+
+def test_errors_name_what_is_wrong(tmp_path):
+    config, checkpoint, image = detector("vit", tmp_path)
+    loaded, model, _ = load_detector(config, checkpoint)
+    captured = capture(loaded, model, image)
+    for call, message in [
+        (lambda: capture(loaded, model, image, "blocks.9"), "expected one of blocks.0, blocks.1"),
+        (lambda: capture(loaded, model, tmp_path / "no.png"), "no such file"),
+        (lambda: attention_picture(captured, [(90, 3)]), r"expected x in \[0, 90\)"),
+        (lambda: attention_picture(captured, [(1, 1)], head=2), "head=2: expected 0 to 1"),
+        (lambda: attention_picture(captured, []), "at least one"),
+        (lambda: read_picture(image), "has no caption"),
+        (lambda: read_picture(config), "cannot be read"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_a_picture_carries_its_caption(tmp_path):
+    picture = AttentionPicture(Image.new("RGB", (3, 2), (1, 2, 3)), "cos/π, 1/2 at its own place")
+    picture.save(tmp_path / "a.png")
+    read = read_picture(tmp_path / "a.png")
+    assert read.caption == picture.caption and read.image.getpixel((1, 1)) == (1, 2, 3)
+
+
+def run_tool(name, *arguments):
+    main = runpy.run_path(str(Path(__file__).parents[2] / "tools" / f"{name}.py"))["main"]
+    return main([str(argument) for argument in arguments])
+
+
+def test_the_tool(tmp_path, capsys):
+    config, checkpoint, image = detector("levit", tmp_path)
+    assert run_tool("attention", config, checkpoint, image, "--list") == 0
+    names = capsys.readouterr().out.split()
+    assert "stages.1.downsample.attn_downsample" in names
+    out = tmp_path / "out.png"
+    assert run_tool("attention", config, checkpoint, image, "--layer", names[1], "--point", 9, 9, "--out", out) == 0
+    assert read_picture(out).caption in capsys.readouterr().out
+    assert run_tool("attention", config, checkpoint, image, "--layer", "no", "--out", tmp_path / "b.png") == 1
+    assert "expected one of" in capsys.readouterr().err and not (tmp_path / "b.png").exists()
+    assert run_tool("attention", config, checkpoint, image) == 1
+    assert "--out" in capsys.readouterr().err
