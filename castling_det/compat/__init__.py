@@ -10,6 +10,15 @@ from castling_det.compat.host import (
     host_problems,
     host_warnings,
     installed_distributions,
+    mmdet_tool,
 )
 
-__all__ = ["HOST_PACKAGES", "HostPackage", "check_host", "host_problems", "host_warnings", "installed_distributions"]
+__all__ = [
+    "HOST_PACKAGES",
+    "HostPackage",
+    "check_host",
+    "host_problems",
+    "host_warnings",
+    "installed_distributions",
+    "mmdet_tool",
+]

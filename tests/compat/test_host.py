@@ -71,7 +71,7 @@ def test_a_source_checkout_on_the_path_counts_as_installed(install: Install, mon
     ("distributions", "named"),
     [
         (ONEDL | {"torch": "2.8.0"}, ""),
-        (ONEDL | {"torch": "2.7.1+cpu"}, "torch 2.7.1+cpu cannot export detectors, to ONNX or .pt2"),
+        (ONEDL | {"torch": "2.7.1+cpu"}, "torch 2.7.1+cpu cannot export detectors, to ONNX"),
         (ONEDL | {"torch": "2.14.1+cpu"}, ""),
         (ONEDL | {"torch": "2.5.1"}, "torch 2.5.1 cannot read checkpoints safely"),
         (UPSTREAM | {"torch": "2.5.1+cu124"}, "with torch >= 2.8"),
