@@ -25,7 +25,7 @@ _ATTN_FIELDS = tuple(field.name for field in dataclasses.fields(AttentionOptions
 class CastlingBackbone(BaseModule):
     """A backbone whose blocks attend by `attention`. The arguments here are those that every backbone takes.
 
-    A subclass fills the attributes, builds its blocks with `**self.attn_arguments`, and calls `_freeze` at its end.
+    A subclass fills the attributes, builds its attention layers with `self.options`, and calls `_freeze` at its end.
 
     Args:
         attention: `"softmax"` (baseline), `"castling"` (hybrid while training) or `"linear"` (what is deployed).
@@ -66,15 +66,10 @@ class CastlingBackbone(BaseModule):
         if unknown:
             raise ValueError(f"attn_cfg.{unknown[0]}: no such option; expected some of {', '.join(_ATTN_FIELDS)}")
         self.attention = attention
-        self.attn_options = AttentionOptions(mode=attention, **(attn_cfg or {}))
+        self.options = AttentionOptions(mode=attention, **(attn_cfg or {}))
         self.frozen_stages = frozen_stages
         self.with_cp = with_cp
         self.pad_input = pad_input
-
-    @property
-    def attn_arguments(self) -> dict[str, Any]:
-        """What each attention layer takes besides its sizes."""
-        return dataclasses.asdict(self.attn_options)
 
     def train(self, mode: bool = True) -> CastlingBackbone:
         """As in nn.Module; frozen stages stay in eval mode."""

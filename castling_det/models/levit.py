@@ -101,7 +101,7 @@ class CastlingLeViT(CastlingBackbone):
         self.out_strides = [_STEM_STRIDE // 2 * _SUBSAMPLING**index for index in self.out_indices]
         self.size_divisor = self.out_strides[-1]
 
-        options: dict[str, Any] = dict(key_dim=key_dim, **self.attn_arguments)
+        options: dict[str, Any] = dict(key_dim=key_dim, options=self.options)
         branches: dict[str, Any] = dict(mlp_ratio=mlp_ratio, drop_path=drop_path_rate)
         self.stem = LevitStem(in_channels, dims[0])
         self.stages = nn.ModuleList()

@@ -121,7 +121,7 @@ class CastlingMViT(CastlingBackbone):
                     stride_kv=max(stride_kv // 2**stage, 1) if kv_pooling else stride_q,
                     grid=(image_hw[0] // grid_stride, image_hw[1] // grid_stride),
                     qkv_bias=qkv_bias,
-                    **self.attn_arguments,
+                    options=self.options,
                 )
                 blocks.append(PooledBlock(attn, mlp_ratio=mlp_ratio, drop_path=next(rates)))
             self.stages.append(nn.ModuleDict({"blocks": blocks}))

@@ -127,7 +127,7 @@ class CastlingViT(CastlingBackbone):
                     qkv_bias=qkv_bias,
                     num_prefix_tokens=self.num_prefix_tokens,
                     proj_drop=drop_rate,
-                    **self.attn_arguments,
+                    options=self.options,
                 ),
                 mlp_ratio=mlp_ratio,
                 init_values=init_values,

@@ -6,8 +6,7 @@ import pytest
 import torch
 from mmdet.registry import MODELS
 
-from castling_det.engine.mask_annealing import castling_layers
-from castling_det.layers import ATTENTION_MODES, MaskedAttention
+from castling_det.layers import ATTENTION_MODES, AttentionOptions, MaskState, attention_layers
 from tests.compare import assert_parity, errors
 from tests.models.backbones import LEVIT, MVIT, VARIANTS, image, randomised, small, weighted_sum
 
@@ -94,25 +93,21 @@ def test_eval_computes_what_is_deployed(variant, normalizer):
     linear.load_state_dict(castling.state_dict(), strict=True)
     x = image(96, 160)
     assert all(torch.equal(*pair) for pair in zip(castling(x), linear(x), strict=True))
-    for attn in castling_layers(castling).values():
+    for attn in attention_layers(castling).values():
         attn.eval_aux = True
     assert errors(castling(x)[-1], linear(x)[-1])[0] > 1e-4
-    for attn in castling_layers(castling).values():
-        attn.threshold = 10000.0
+    for attn in attention_layers(castling).values():
+        attn.mask_state = MaskState(10000.0, "uniform")
     assert all(torch.equal(*pair) for pair in zip(castling.train()(x), linear.train()(x), strict=True))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_options_reach_every_layer(family):
-    given = dict(normalizer="kernel", center_keys=True, local_conv="tokens", threshold=0.5, threshold_unit="uniform")
-    backbone = small(family, attn_cfg=dict(given, eval_aux=True))
-    layers = [module for module in backbone.modules() if isinstance(module, MaskedAttention)]
-    assert list(castling_layers(backbone)) == LAYERS[family] and len(layers) == len(LAYERS[family])
-    assert not castling_layers(small(family, "linear")) and not castling_layers(small(family, "softmax"))
-    for layer in layers:
-        found = dict(normalizer=layer.normalizer, center_keys=layer.center_keys, local_conv=layer.dconv.kind)
-        assert dict(found, threshold=layer.threshold, threshold_unit=layer.threshold_unit) == given
-        assert layer.mode == "castling" and layer.eval_aux
+    attn_cfg = dict(normalizer="kernel", center_keys=True, local_conv="tokens", threshold=0.5, eval_aux=True)
+    layers = attention_layers(small(family, attn_cfg=attn_cfg))
+    assert list(layers) == LAYERS[family]
+    given = AttentionOptions(mode="castling", threshold_unit="uniform", **attn_cfg)
+    assert all(layer.options == given for layer in layers.values())
     kernels = small(family, attn_cfg=dict(local_conv_kernel_size=5)).state_dict().items()
     assert {value.shape[-1] for name, value in kernels if name.endswith("dconv.weight")} == {5}
 
