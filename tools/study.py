@@ -17,28 +17,30 @@ ROOT = Path(__file__).resolve().parent.parent
 # The published block: 9 x 1 convolution along the raster, an absolute threshold of 0.02 that stays until the mask is
 # emptied for good. The rows after it change one option of it each; the last one is the config as it stands.
 PUBLISHED = {
-    "model.backbone.center_keys": "False",
-    "model.backbone.local_conv": "tokens",
-    "model.backbone.threshold_unit": "absolute",
-    "model.backbone.threshold": "0.02",
+    "model.backbone.attn_cfg.center_keys": "False",
+    "model.backbone.attn_cfg.local_conv": "tokens",
+    "model.backbone.attn_cfg.threshold_unit": "absolute",
+    "model.backbone.attn_cfg.threshold": "0.02",
     "custom_hooks.2.schedule": "constant",
     "custom_hooks.2.begin": "0",
     "custom_hooks.2.end": "1.0",
 }
 VARIANTS = {
     "softmax": Variant("softmax", {}, "softmax and the local convolution of the linear models"),
-    "softmax-plain": Variant("softmax", {"model.backbone.local_conv": "None"}, "a vanilla ViT"),
+    "softmax-plain": Variant("softmax", {"model.backbone.attn_cfg.local_conv": "None"}, "a vanilla ViT"),
     "linear": Variant("linear", {}, "linear from the start"),
     "published": Variant("castling", PUBLISHED, "castling with the published options"),
-    "kernel": Variant("castling", {**PUBLISHED, "model.backbone.normalizer": "kernel"}, "normaliser"),
-    "center-keys": Variant("castling", {**PUBLISHED, "model.backbone.center_keys": "True"}, "centred keys"),
-    "image-conv": Variant("castling", {**PUBLISHED, "model.backbone.local_conv": "image"}, "local convolution"),
+    "kernel": Variant("castling", {**PUBLISHED, "model.backbone.attn_cfg.normalizer": "kernel"}, "normaliser"),
+    "center-keys": Variant("castling", {**PUBLISHED, "model.backbone.attn_cfg.center_keys": "True"}, "centred keys"),
+    "image-conv": Variant(
+        "castling", {**PUBLISHED, "model.backbone.attn_cfg.local_conv": "image"}, "local convolution"
+    ),
     "uniform": Variant(
         "castling",
         {
             **PUBLISHED,
-            "model.backbone.threshold_unit": "uniform",
-            "model.backbone.threshold": "1.0",
+            "model.backbone.attn_cfg.threshold_unit": "uniform",
+            "model.backbone.attn_cfg.threshold": "1.0",
             "custom_hooks.2.end": "576",
         },
         "mask unit",
@@ -47,7 +49,7 @@ VARIANTS = {
     "ramp": Variant("castling", {"custom_hooks.2.begin": "0"}, "our options, the threshold rising from the start"),
     "ramp-centered": Variant(
         "castling",
-        {"custom_hooks.2.begin": "0", "model.backbone.center_keys": "True"},
+        {"custom_hooks.2.begin": "0", "model.backbone.attn_cfg.center_keys": "True"},
         "the same and centred keys",
     ),
     "castling": Variant("castling", {}, "castling with our options"),

@@ -66,7 +66,7 @@ def with_attention(config: Config, attention: str) -> Config:
         config.model.pop("distillation", None)
     for part in _attention_parts(config.model):
         part["attention"] = attention
-        part.pop("eval_aux", None)
+        (part.get("attn_cfg") or {}).pop("eval_aux", None)
         if "init_cfg" in part:
             part["init_cfg"] = None
     if attention == "linear" and "custom_hooks" in config:

@@ -94,7 +94,7 @@ def _network(value: Any) -> Any:
     """The model section without what makes no difference in prediction."""
     if isinstance(value, Mapping):
         kept = (key for key in value if key not in _INDIFFERENT and not str(key).startswith("loss"))
-        return {key: _network(value[key]) for key in kept}
+        return {key: network for key in kept if (network := _network(value[key])) != {}}
     return [_network(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
@@ -122,6 +122,4 @@ def _speed(path: Path, report: BenchmarkReport, rows: Sequence[BenchmarkRow]) ->
 def _point(row: BenchmarkRow) -> SpeedPoint:
     timing, peak = row.timing, row.peak_mib
     assert timing is not None and peak is not None
-    return SpeedPoint(
-        row.variant, row.height, row.width, row.tokens, timing.p20_ms, timing.p50_ms, timing.p80_ms, peak
-    )
+    return SpeedPoint(row.variant, row.height, row.width, row.tokens, timing.p20_ms, timing.p50_ms, timing.p80_ms, peak)

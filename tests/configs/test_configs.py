@@ -22,7 +22,7 @@ from mmengine.structures import InstanceData
 
 from castling_det.conversion import convert, load_checkpoint
 from castling_det.layers import MaskedAttention
-from castling_det.models.backbones.castling_levit import ARCHITECTURES
+from castling_det.models.levit import ARCHITECTURES
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("[!_]*/*.py"))
@@ -205,8 +205,12 @@ def test_the_four_differ_in_the_attention_alone(path):
     for settings in (config, baseline):
         backbone = settings["model"]["backbone"]
         found = backbone.pop("attention")
-        for option in ("threshold", "threshold_unit", "window_size", "global_indices", "local_conv"):
+        options = backbone.pop("attn_cfg", {})
+        backbone["attn_cfg"] = {key: value for key, value in options.items() if "threshold" not in key}
+        for option in ("window_size", "global_indices"):
             backbone.pop(option, None)
+        if attention == WINDOWS:
+            backbone["attn_cfg"].pop("local_conv", None)
         settings.pop("custom_hooks")
     assert found == "softmax"
     assert config == baseline

@@ -17,7 +17,7 @@ HOOK = dict(type="castling_det.MaskAnnealingHook", schedule="constant", share=0.
 
 @pytest.fixture
 def training(tiny_config):
-    tiny_config.model.backbone.update(normalizer="kernel", threshold=0.0)
+    tiny_config.model.backbone.attn_cfg = dict(normalizer="kernel", threshold=0.0)
     tiny_config.custom_hooks = [dict(type="castling_det.ClassCountHook"), dict(HOOK)]
     return tiny_config
 
@@ -82,7 +82,7 @@ def test_the_record_says_what_was_done(training, softmax_checkpoint, tmp_path):
     ids=["l2", "threshold", "share"],
 )
 def test_a_start_that_is_not_close_is_said(training, softmax_checkpoint, tmp_path, backbone, hook):
-    training.model.backbone.update(backbone)
+    training.model.backbone.attn_cfg.update(backbone)
     training.custom_hooks[-1].update(hook)
     record = start_from_softmax(training, softmax_checkpoint[0], tmp_path / "start.pth", **FAST)
     if record.relative_drift > 0.05:
@@ -95,7 +95,7 @@ def test_a_start_that_is_not_close_is_said(training, softmax_checkpoint, tmp_pat
 
 def _closest(training):
     config = training.copy()
-    config.model.backbone.update(normalizer="kernel", threshold=0.0)
+    config.model.backbone.attn_cfg = dict(normalizer="kernel", threshold=0.0)
     config.custom_hooks = [dict(HOOK)]
     return config
 

@@ -185,7 +185,7 @@ def test_without_the_hooks_record_the_config_tells_the_threshold(tiny_config, ru
     out = tmp_path / "deploy.pth"
     with pytest.raises(ValueError, match=r"threshold 0\.02|not empty"):
         convert(tiny_config, source, out, **FAST)
-    tiny_config.model.backbone.threshold = 1.0
+    tiny_config.model.backbone.attn_cfg = dict(threshold=1.0)
     manifest = convert(tiny_config, source, out, **FAST)
     assert manifest.mask.origin == "config" and manifest.mask.empty_by == "threshold"
     assert any("does not say where its mask stood" in note for note in manifest.notes)

@@ -125,7 +125,7 @@ def test_relative_positions_are_resized_as_timm_does(img_size, model, saved):
 def test_mvitv2_tiny_of_timm_fills_the_backbone_to_the_last_parameter():
     with torch.device("meta"):
         source = timm.create_model("mvitv2_tiny", pretrained=False).state_dict()
-        target = CastlingMViT("tiny", attention="softmax", local_conv=None).state_dict()
+        target = CastlingMViT("tiny", attention="softmax", attn_cfg=dict(local_conv=None)).state_dict()
     dropped = {}
     found = renamed(source, dropped)
     assert fits(target) and not dropped

@@ -57,7 +57,7 @@ def tool():
 @pytest.fixture
 def trained_folder(tiny_config, tmp_path):
     """A work dir with checkpoints at iterations 2 (mask open) and 6 (mask empty), and the config."""
-    tiny_config.model.backbone.update(threshold=0.001, init_cfg=None)
+    tiny_config.model.backbone.update(attn_cfg=dict(threshold=0.001), init_cfg=None)
     tiny_config.custom_hooks = [
         dict(type="EMAHook", momentum=0.5),
         dict(type="castling_det.MaskAnnealingHook", empty_from=0.6, interval=1),

@@ -56,5 +56,6 @@ def test_keys_lose_their_mean_where_a_cosine_sees_it(name, mode):
 @pytest.mark.parametrize("name", BACKBONES)
 def test_backbones_hand_it_on(name):
     for center in (False, True):
-        layers = [m for m in BACKBONES[name](center_keys=center).modules() if isinstance(m, MaskedAttention)]
+        backbone = BACKBONES[name](attn_cfg=dict(center_keys=center))
+        layers = [m for m in backbone.modules() if isinstance(m, MaskedAttention)]
         assert layers and all(layer.options.center_keys is center for layer in layers)

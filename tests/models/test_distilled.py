@@ -13,7 +13,7 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmengine.structures import InstanceData
 
-from castling_det.models.detectors.distillation_losses import box_loss, feature_loss, score_loss
+from castling_det.models.distilled import box_loss, feature_loss, score_loss
 from tests.conversion.conftest import _TINY, randomised_state
 
 
