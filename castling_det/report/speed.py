@@ -9,7 +9,7 @@ from typing import Any
 from castling_det.analysis.benchmark import BenchmarkReport, BenchmarkRow, read_benchmark
 from castling_det.analysis.benchmark.ratios import crossover, fault_of
 from castling_det.analysis.benchmark.variants import BASELINE, LINEAR
-from castling_det.report.configs import attention_of, load_config
+from castling_det.config import attention_of, load_config
 from castling_det.report.record import Latency, Speed, SpeedPoint
 
 __all__ = ["Benchmarks"]
@@ -122,6 +122,4 @@ def _speed(path: Path, report: BenchmarkReport, rows: Sequence[BenchmarkRow]) ->
 def _point(row: BenchmarkRow) -> SpeedPoint:
     timing, peak = row.timing, row.peak_mib
     assert timing is not None and peak is not None
-    return SpeedPoint(
-        row.variant, row.height, row.width, row.tokens, timing.p20_ms, timing.p50_ms, timing.p80_ms, peak
-    )
+    return SpeedPoint(row.variant, row.height, row.width, row.tokens, timing.p20_ms, timing.p50_ms, timing.p80_ms, peak)

@@ -15,9 +15,9 @@ from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.structures import InstanceData
 
+from castling_det.config import load_config
 from castling_det.conversion import load_checkpoint, select_weights
 from castling_det.conversion.detectors import build_detector, load_exactly, with_attention
-from castling_det.report.configs import load_config
 from castling_det.runtime.detections import Detections, Image
 
 __all__ = ["TorchDetector"]

@@ -11,8 +11,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 
+from castling_det.config import load_config, network_shape
 from castling_det.layers import HeadInputs, MaskedAttention
-from castling_det.report.configs import load_config, network_shape
 
 __all__ = ["Capture", "attention_layers", "capture", "load_detector", "query_at"]
 
