@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from castling_det.compat.host import EXPORTING_TORCH, release
-from castling_det.ops import native
 from tests.stacks import TORCH
 
 WALLS = {
@@ -16,17 +15,6 @@ WALLS = {
     release(EXPORTING_TORCH): "cannot export detectors; install torch",
 }
 """What torch cannot do before a version, in the words of our errors, which are not those of the notice at import."""
-
-
-@pytest.fixture(scope="session", autouse=True)
-def without_the_users_kernel(tmp_path_factory: pytest.TempPathFactory) -> Generator[None]:
-    """Plain operations, to the last bit, on every machine; the kernel's own tests build one."""
-    with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("no_kernel")
-        patch.setattr(native, "_cache_folder", lambda: folder)
-        native.is_built.cache_clear()
-        yield
-    native.is_built.cache_clear()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -50,7 +50,8 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
     args = parse_args(arguments)
-    from castling_det.report.attention_maps import attention_layers, attention_picture, capture, load_detector
+    from castling_det.layers import attention_layers
+    from castling_det.report.attention_maps import attention_picture, capture, load_detector
 
     if args.out is None and not args.list:
         print("error: --out: expected a file to write, or --list", file=sys.stderr)

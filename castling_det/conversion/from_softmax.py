@@ -25,11 +25,11 @@ from castling_det.conversion.detectors import (
 )
 from castling_det.conversion.manifest import FeatureDrift, FileRecord, ProbeRecord, WeightsRecord, table
 from castling_det.conversion.output import check_paths, write_with_record
-from castling_det.conversion.probes import Probes, castling_layers, files_to_probe, measure, probe_shape
+from castling_det.conversion.probes import Probes, files_to_probe, measure, probe_shape
 from castling_det.conversion.weights import select_weights
-from castling_det.engine.mask_annealing import MaskAnnealingHook
-from castling_det.engine.schedules import MaskState, mask_state
+from castling_det.engine.mask_annealing import MaskAnnealingHook, mask_state
 from castling_det.files import sha256_of
+from castling_det.layers import MaskState, attention_layers
 
 __all__ = ["StartRecord", "start_from_softmax"]
 
@@ -177,21 +177,22 @@ def _set_first_mask(castling: Any, config: Config) -> MaskState:
         )
     options = {key: value for key, value in found[0].items() if key not in ("type", "priority")}
     hook = MaskAnnealingHook(**options)
-    layers = castling_layers(castling).values()
-    state = MaskState(0.0, 1.0)
+    layers = attention_layers(castling, "castling").values()
+    state = MaskState(0.0)
     for layer in layers:
-        start = layer.threshold if hook.start is None else hook.start
+        start = layer.options.threshold if hook.start is None else hook.start
         # At the ramp's beginning its end does not count.
         state = mask_state(
             0.0,
             schedule="constant",
             start=start,
             end=1.0,
+            threshold_unit=layer.options.threshold_unit,
             begin=hook.begin,
             empty_from=hook.empty_from,
             fade=hook.fade,
             share=hook.share,
         )
-        layer.threshold, layer.aux_scale = state
+        layer.mask_state = state
         layer.eval_aux = True
     return state

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from castling_det.conversion.manifest import MaskRecord
-from castling_det.conversion.probes import Measurement, castling_layers
-from castling_det.layers import THRESHOLD_UNITS
+from castling_det.conversion.probes import Measurement
+from castling_det.layers import THRESHOLD_UNITS, attention_layers
+from castling_det.layers import MaskState as LayerMaskState
 
 __all__ = ["MaskState", "limits", "nonempty_message", "prove", "set_mask"]
 
@@ -31,15 +32,16 @@ def set_mask(hybrid: nn.Module, meta: Mapping[str, Any], source: object) -> Mask
     Raises:
         ValueError: the record is incomplete or out of range.
     """
-    layers = castling_layers(hybrid).values()
+    layers = attention_layers(hybrid, "castling").values()
     record = (meta.get("castling_det") or {}).get("mask")
     if record is None:
         layer = next(iter(layers))
-        state = MaskState(layer.threshold, layer.threshold_unit, layer.aux_scale, "config")
+        own = layer.mask_state
+        state = MaskState(own.threshold, own.threshold_unit, own.aux_scale, "config")
     else:
         state = _recorded(record, source)
     for layer in layers:
-        layer.threshold, layer.threshold_unit, layer.aux_scale = state[:3]
+        layer.mask_state = LayerMaskState(*state[:3])
         layer.eval_aux = True
     return state
 
@@ -58,11 +60,11 @@ def _recorded(record: Mapping[str, Any], source: object) -> MaskState:
 
 def prove(hybrid: nn.Module, state: MaskState, measured: Measurement) -> MaskRecord:
     """Why the mask is empty: by the threshold or the factor for any input, or by real probe images."""
-    layers = castling_layers(hybrid)
+    layers = attention_layers(hybrid, "castling")
     empty_by = None
     if state.aux_scale == 0:
         empty_by = "aux_scale"
-    elif all(layer.mask_is_empty(measured.layers[name].tokens) for name, layer in layers.items()):
+    elif all(layer.mask_state.is_empty(measured.layers[name].tokens) for name, layer in layers.items()):
         empty_by = "threshold"
     elif measured.probes.kind == "files" and not any(layer.kept_fraction for layer in measured.layers.values()):
         empty_by = "probe images"

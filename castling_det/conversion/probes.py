@@ -17,19 +17,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from castling_det.conversion.manifest import FeatureDrift, LayerMask, ProbeRecord
-from castling_det.layers import CastlingAttention, MaskedAttention
+from castling_det.layers import MaskedAttention, attention_layers
 
 __all__ = [
     "DEFAULT_SHAPE",
     "Measurement",
     "Probes",
-    "castling_layers",
     "feature_maps",
     "files_to_probe",
     "input_shape",
     "measure",
     "probe_shape",
-    "take_plain_operations",
     "worse_drift",
 ]
 
@@ -133,9 +131,7 @@ def probe_shape(config: Config, shape: tuple[int, int] | None) -> tuple[tuple[in
 
 def measure(config: Config, probes: Probes, hybrid: nn.Module, linear: nn.Module) -> Measurement:
     """Runs both detectors on every probe image, the hybrid with its softmax branch on."""
-    layers = castling_layers(hybrid)
-    for model in (hybrid, linear):
-        take_plain_operations(model)
+    layers = attention_layers(hybrid, "castling")
     occupancy: dict[str, LayerMask] = {}
     drift: dict[str, FeatureDrift] = {}
     shapes: list[tuple[int, int]] = []
@@ -159,22 +155,6 @@ def measure(config: Config, probes: Probes, hybrid: nn.Module, linear: nn.Module
     kind, seed = ("files", None) if probes.files else ("generated", _SEED)
     images = tuple(map(str, probes.files)) or tuple(f"generated {index}" for index in range(probes.number))
     return Measurement(ProbeRecord(kind, images, tuple(shapes), seed), occupancy, drift)
-
-
-def castling_layers(model: nn.Module) -> dict[str, MaskedAttention]:
-    """The layers whose softmax branch vanishes, by block (`blocks.3`) as MaskAnnealingHook names them."""
-    return {
-        name.removeprefix("backbone.").removesuffix(".attn"): module
-        for name, module in model.named_modules()
-        if isinstance(module, MaskedAttention) and module.mode == "castling"
-    }
-
-
-def take_plain_operations(model: nn.Module) -> None:
-    """The hybrid's branch runs in plain operations: beside it, the compiled kernel would show its rounding as drift."""
-    for module in model.modules():
-        if isinstance(module, CastlingAttention):
-            module.native = False
 
 
 def feature_maps(model: Any, batch: Tensor) -> dict[str, Tensor]:

@@ -7,11 +7,11 @@ from castling_det.engine.dashboard import DashboardHook
 from castling_det.engine.exact_resume import ExactResumeHook
 from castling_det.engine.fp16 import Fp16OptimWrapper
 from castling_det.engine.layer_decay import LayerDecayOptimWrapperConstructor
-from castling_det.engine.mask_annealing import MaskAnnealingHook
-from castling_det.engine.schedules import SCHEDULES, MaskState, mask_state
+from castling_det.engine.mask_annealing import META_KEY, SCHEDULES, MaskAnnealingHook, mask_state
 from castling_det.engine.whole_checkpoint import WholeCheckpointHook
 
 __all__ = [
+    "META_KEY",
     "SCHEDULES",
     "Bf16OptimWrapper",
     "ClassCountHook",
@@ -21,7 +21,6 @@ __all__ = [
     "Fp16OptimWrapper",
     "LayerDecayOptimWrapperConstructor",
     "MaskAnnealingHook",
-    "MaskState",
     "WholeCheckpointHook",
     "mask_state",
 ]

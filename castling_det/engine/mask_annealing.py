@@ -1,37 +1,100 @@
-"""The hook that makes the softmax branch vanish during training."""
+"""The schedules of the mask, pure functions of training progress, and the hook that applies them."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from mmengine.dist import all_reduce
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
-from torch import Tensor, nn
+from torch import Tensor
 
-from castling_det.engine.schedules import SCHEDULES, MaskState, mask_state
-from castling_det.layers import MaskedAttention
+from castling_det.layers import MaskedAttention, MaskState, attention_layers
 from castling_det.registry import HOOKS
 
-__all__ = ["MaskAnnealingHook"]
+__all__ = ["META_KEY", "SCHEDULES", "MaskAnnealingHook", "mask_state"]
 
 META_KEY = "castling_det"
+"""Key in a checkpoint's meta under which this package writes its records."""
+
+
+def _constant(ramp: float, start: float, end: float) -> float:
+    return start
+
+
+def _linear(ramp: float, start: float, end: float) -> float:
+    return start + ramp * (end - start)
+
+
+def _cosine(ramp: float, start: float, end: float) -> float:
+    return end + (start - end) * (1 + math.cos(math.pi * ramp)) / 2
+
+
+def _geometric(ramp: float, start: float, end: float) -> float:
+    return math.exp((1 - ramp) * math.log(start) + ramp * math.log(end))
+
+
+SCHEDULES: dict[str, Callable[[float, float, float], float]] = {
+    "constant": _constant,
+    "linear": _linear,
+    "cosine": _cosine,
+    "geometric": _geometric,
+}
+"""Name to f(ramp, start, end), with ramp in [0, 1]; f(0) is `start`, and f(1) is `end` except for "constant"."""
+
+
+def mask_state(
+    progress: float,
+    *,
+    schedule: str,
+    start: float,
+    end: float,
+    threshold_unit: str = "absolute",
+    begin: float = 0.0,
+    empty_from: float = 0.8,
+    fade: bool = False,
+    share: float | None = None,
+) -> MaskState:
+    """The mask at one point of training; its threshold is inf once the mask is to be empty.
+
+    Args:
+        progress: iterations done over all iterations, in [0, 1].
+        schedule: a key of `SCHEDULES`.
+        start: threshold up to `begin`.
+        end: threshold that the ramp reaches at `empty_from`.
+        threshold_unit: unit of both thresholds.
+        begin: progress at which the ramp starts.
+        empty_from: progress from which on the mask is empty for any input.
+        fade: also fade the branch's factor from 1 to 0 along the ramp.
+        share: instead of `fade`, the weight in (0, 1) of an unmasked branch in the average of both branches, up to
+            `begin`; it falls linearly to 0 along the ramp. The factor f gives the branch the weight f / (1 + f).
+    """
+    if progress >= empty_from:
+        return MaskState(math.inf, threshold_unit, 1.0 if share is None and not fade else 0.0)
+    ramp = max(0.0, (progress - begin) / (empty_from - begin))
+    threshold = SCHEDULES[schedule](ramp, start, end)
+    if share is not None:
+        weight = share * (1.0 - ramp)
+        return MaskState(threshold, threshold_unit, weight / (1.0 - weight))
+    return MaskState(threshold, threshold_unit, 1.0 - ramp if fade else 1.0)
 
 
 @HOOKS.register_module()
 class MaskAnnealingHook(Hook):
-    """Sets the threshold of every castling attention before each iteration, logs what the mask keeps, records it.
+    """Sets the mask of every castling attention before each iteration, logs how much it keeps and records it.
 
-    The state is recomputed from `runner.iter`: a resumed run needs none of its own. From `empty_from` on the mask is
-    empty for certain, so that the last part of training sees exactly the network that is deployed, and conversion is
+    The state follows from `runner.iter` alone, so a resumed run needs no state of the hook. From `empty_from` on the
+    mask is empty for any input: the last part of training sees exactly the network that is deployed, and conversion is
     exact.
 
     Scalars, in every visualizer backend: `mask/threshold`, `mask/aux_scale` and, for each layer,
-    `mask/kept_fraction/LAYER` and `mask/kept_mass/LAYER`. Checkpoints: `meta["castling_det"]["mask"]`. In distributed
-    training what was kept is the mean over the ranks, whose batches count alike.
+    `mask/kept_fraction/LAYER` and `mask/kept_mass/LAYER`. Checkpoints: `meta["castling_det"]["mask"]`, the fields of
+    `MaskState` among others. In distributed training the kept fraction and mass are means over the ranks.
 
     Args:
         schedule: `"constant"` (cut off at `empty_from`), `"linear"`, `"cosine"` or `"geometric"` in the threshold.
@@ -41,9 +104,9 @@ class MaskAnnealingHook(Hook):
         begin: progress in [0, empty_from) at which the ramp starts.
         empty_from: progress in (begin, 1) from which on the mask is empty.
         fade: also fade the branch's factor from 1 to 0 along the ramp.
-        share: instead of `fade`, the share of the softmax branch in the attention up to `begin`, in (0, 1), which falls
-            to 0 along the ramp. Near 1, with `threshold=0` in the backbone, `schedule="constant"` and
-            `normalizer="kernel"`, training starts as the softmax layer: how a trained one becomes linear.
+        share: instead of `fade`, the weight of the softmax branch in the attention up to `begin`, in (0, 1), which
+            falls to 0 along the ramp. Near 1, with `threshold=0` in the backbone, `schedule="constant"` and
+            `normalizer="kernel"`, training starts as the softmax layer: this turns a trained softmax model linear.
         interval: iterations between two logged states.
     """
 
@@ -85,73 +148,68 @@ class MaskAnnealingHook(Hook):
         self.share = share
         self.interval = interval
         self._layers: dict[str, MaskedAttention] = {}
-        self._state = MaskState(math.nan, math.nan)
         self._kept: dict[str, Tensor] = {}
 
     def before_train(self, runner: Runner) -> None:
         """Finds the layers and checks the settings against them and against the length of the run."""
-        self._layers = castling_layers(runner.model)
+        self._layers = attention_layers(runner.model, "castling")
         if not self._layers:
             raise ValueError(
                 "MaskAnnealingHook found no attention in mode 'castling': set model.backbone.attention='castling', "
                 "or remove the hook from custom_hooks"
             )
-        units = {layer.threshold_unit for layer in self._layers.values()}
-        starts = {layer.threshold for layer in self._layers.values()}
-        if len(units) > 1 or (self.start is None and len(starts) > 1):
-            raise ValueError(f"threshold: layers differ ({sorted(starts)}, {sorted(units)}); give the hook one `start`")
-        self._unit = units.pop()
-        self.start = starts.pop() if self.start is None else self.start
-        self.end = self._checked_end()
-        if self.schedule == "geometric" and not self.start > 0:
-            raise ValueError(f"start={self.start}: schedule='geometric' needs a positive threshold")
         max_iters = runner.max_iters
         if math.ceil(self.empty_from * max_iters) > max_iters - 1:
             raise ValueError(
                 f"empty_from={self.empty_from}: leaves no iteration of max_iters={max_iters} with an empty mask; "
                 f"expected at most {(max_iters - 1) / max_iters:.4f}, or train longer"
             )
-
-    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
-        """Sets the mask of this iteration."""
-        assert self.start is not None and self.end is not None
-        self._state = mask_state(
-            runner.iter / runner.max_iters,
+        start, unit = self._start_and_unit(self._layers.values())
+        end = self._checked_end(unit)
+        self._state_at = partial(
+            mask_state,
             schedule=self.schedule,
-            start=self.start,
-            end=self.end,
+            start=start,
+            end=end,
+            threshold_unit=unit,
             begin=self.begin,
             empty_from=self.empty_from,
             fade=self.fade,
             share=self.share,
         )
+        self._state = self._state_at(runner.iter / max_iters)
+        # An infinite threshold is not JSON: this finite one empties the mask too.
+        self._largest_logged = 1.0 if unit == "absolute" else float(end)
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
+        """Sets the mask of this iteration."""
+        self._state = self._state_at(runner.iter / runner.max_iters)
         for layer in self._layers.values():
-            layer.threshold, layer.aux_scale = self._state
+            layer.mask_state = self._state
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict[str, Any] | None = None
     ) -> None:
         """Sends the mask's state and occupancy to the visualizer backends."""
-        # Every iteration, as all ranks must: a checkpoint, which the first rank writes alone, may follow.
+        # In every iteration, because all ranks must take part and only the first one knows whether it saves next.
         self._kept = self._mean_over_ranks()
         if not self.every_n_train_iters(runner, self.interval):
             return
-        scalars = {"mask/threshold": self._state.threshold, "mask/aux_scale": self._state.aux_scale}
+        scalars = {
+            "mask/threshold": min(self._state.threshold, self._largest_logged),
+            "mask/aux_scale": self._state.aux_scale,
+        }
         for name, kept in self._occupancy().items():
             scalars |= {f"mask/{quantity}/{name}": value for quantity, value in kept.items()}
-        # inf is not JSON; 1 in probability means the same: nothing passes.
-        scalars["mask/threshold"] = min(scalars["mask/threshold"], self._empty_threshold())
         runner.visualizer.add_scalars(scalars, step=runner.iter + 1)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
-        """States in the checkpoint's meta where the mask stood."""
+        """Writes the state of the mask into the checkpoint's meta."""
         checkpoint["meta"].setdefault(META_KEY, {})["mask"] = {
+            **dataclasses.asdict(self._state),
             "schedule": self.schedule,
             "iteration": checkpoint["meta"].get("iter", runner.iter),
             "max_iters": runner.max_iters,
-            "threshold": self._state.threshold,
-            "threshold_unit": self._unit,
-            "aux_scale": self._state.aux_scale,
             "empty": math.isinf(self._state.threshold) or self._state.aux_scale == 0,
             "layers": self._occupancy(),
         }
@@ -170,11 +228,18 @@ class MaskAnnealingHook(Hook):
             name: {"kept_fraction": float(kept[0]), "kept_mass": float(kept[1])} for name, kept in self._kept.items()
         }
 
-    def _empty_threshold(self) -> float:
-        return 1.0 if self._unit == "absolute" else float(self.end or math.inf)
+    def _start_and_unit(self, layers: Iterable[MaskedAttention]) -> tuple[float, str]:
+        options = [layer.options for layer in layers]
+        starts, units = {own.threshold for own in options}, {own.threshold_unit for own in options}
+        if len(units) > 1 or (self.start is None and len(starts) > 1):
+            raise ValueError(f"threshold: layers differ ({sorted(starts)}, {sorted(units)}); give the hook one `start`")
+        start = starts.pop() if self.start is None else self.start
+        if self.schedule == "geometric" and not start > 0:
+            raise ValueError(f"start={start}: schedule='geometric' needs a positive threshold")
+        return start, units.pop()
 
-    def _checked_end(self) -> float:
-        if self._unit == "absolute":
+    def _checked_end(self, unit: str) -> float:
+        if unit == "absolute":
             end = 1.0 if self.end is None else self.end
             if end < 1:
                 raise ValueError(
@@ -189,14 +254,3 @@ class MaskAnnealingHook(Hook):
                 "(height / stride) * (width / stride)"
             )
         return self.end
-
-
-def castling_layers(model: nn.Module) -> dict[str, MaskedAttention]:
-    """The attention layers in mode `"castling"`, by block (`blocks.3`), of a model that may be wrapped for DDP."""
-    unwrapped: nn.Module = model.module if is_model_wrapper(model) else model  # type: ignore[assignment]
-    backbone: nn.Module = getattr(unwrapped, "backbone", unwrapped)
-    return {
-        name.removesuffix(".attn"): module
-        for name, module in backbone.named_modules()
-        if isinstance(module, MaskedAttention) and module.mode == "castling"
-    }

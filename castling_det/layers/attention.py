@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from castling_det.layers.local_conv import LocalConv
+from castling_det.layers.local_conv import local_conv
+from castling_det.layers.options import AttentionOptions, MaskState
 from castling_det.ops import (
-    NORMALIZERS,
     MaskedSoftmax,
-    centered_keys_packed,
     linear_angular_packed,
     masked_softmax_packed,
-    native,
 )
 
-__all__ = ["ATTENTION_MODES", "THRESHOLD_UNITS", "CastlingAttention", "HeadInputs", "MaskStats", "MaskedAttention"]
-
-ATTENTION_MODES = ("softmax", "linear", "castling")
-THRESHOLD_UNITS = ("absolute", "uniform")
+__all__ = ["CastlingAttention", "HeadInputs", "MaskStats", "MaskedAttention", "attention_layers"]
 
 
 class MaskStats(NamedTuple):
@@ -59,63 +55,35 @@ class HeadInputs(NamedTuple):
 
 
 class MaskedAttention(nn.Module):
-    """What every attention with a vanishing softmax branch shares: its mode and the state of its mask.
+    """Base of every attention whose softmax branch vanishes in training: its options and the state of its mask.
 
-    By this class `MaskAnnealingHook` and conversion find their layers.
+    `attention_layers` finds layers by this class.
 
     Args:
-        mode: `"softmax"`, `"linear"` or `"castling"`.
-        normalizer: `"l2"` (published) or `"kernel"`, see `castling_det.ops.linear_angular_attention`.
-        center_keys: take the mean over the tokens from the keys, which softmax does not see and a cosine does; see
-            `castling_det.ops.centered_keys`. Published: False. Nothing changes in `"softmax"`.
-        threshold: probabilities above it are kept by the mask; published 0.02.
-        threshold_unit: `"absolute"` (published), or `"uniform"`: multiples of 1/N, the probability of a uniform row.
-        eval_aux: keep the masked softmax branch in eval mode.
+        options: None takes the defaults.
+        by_name: fields of `AttentionOptions` that replace those of `options`.
 
     Attributes:
-        threshold, aux_scale: where the mask stands; the branch is multiplied by `aux_scale` >= 0.
+        mask_state: where the mask stands; `MaskAnnealingHook` sets it before every training iteration.
+        eval_aux: whether the softmax branch stays in eval mode.
         mask_stats: what the mask kept in the last forward with the branch; None before.
+
+    Raises:
+        TypeError: a name that is no option.
     """
 
-    def __init__(
-        self,
-        *,
-        mode: str,
-        normalizer: str,
-        center_keys: bool,
-        threshold: float,
-        threshold_unit: str,
-        eval_aux: bool,
-    ) -> None:
+    def __init__(self, options: AttentionOptions | None, by_name: Mapping[str, Any]) -> None:
         super().__init__()
-        _check_choice("mode", mode, ATTENTION_MODES)
-        _check_choice("normalizer", normalizer, NORMALIZERS)
-        _check_choice("threshold_unit", threshold_unit, THRESHOLD_UNITS)
-        if not threshold >= 0:
-            raise ValueError(f"threshold={threshold}: expected a number >= 0 in the unit {threshold_unit!r}")
-        if eval_aux and mode != "castling":
-            raise ValueError(f"eval_aux=True: only mode='castling' has the softmax branch, got mode={mode!r}")
-        self.mode = mode
-        self.normalizer = normalizer
-        self.center_keys = center_keys
-        self.threshold = float(threshold)
-        self.threshold_unit = threshold_unit
-        self.aux_scale = 1.0
-        self.eval_aux = eval_aux
+        self.options = dataclasses.replace(options or AttentionOptions(), **by_name)
+        self.mode = self.options.mode
+        self.eval_aux = self.options.eval_aux
+        self.mask_state = MaskState(float(self.options.threshold), self.options.threshold_unit)
         self.mask_stats: MaskStats | None = None
 
     @property
     def centers_keys(self) -> bool:
         """Whether the forward takes the mean from the keys: in softmax mode it would change nothing."""
-        return self.center_keys and self.mode != "softmax"
-
-    def absolute_threshold(self, num_tokens: int) -> float:
-        """The threshold as a probability for rows over `num_tokens` keys."""
-        return self.threshold / num_tokens if self.threshold_unit == "uniform" else self.threshold
-
-    def mask_is_empty(self, num_tokens: int) -> bool:
-        """Whether nothing passes, whatever the input: threshold >= 1 in probability, or the branch faded out."""
-        return self.absolute_threshold(num_tokens) >= 1 or self.aux_scale == 0
+        return self.options.center_keys and self.mode != "softmax"
 
     def head_inputs(self, x: Tensor, hw: tuple[int, int]) -> HeadInputs:
         """Queries, keys and values of tokens `x` on a map of size `hw`, as the forward makes them."""
@@ -134,15 +102,16 @@ class MaskedAttention(nn.Module):
         """`branch(*inputs, threshold)` where mode and mask ask for it, scaled; leaves its statistics."""
         if self.mode != "castling" or not (self.training or self.eval_aux):
             return None
-        if self.mask_is_empty(num_keys):
+        if self.mask_state.is_empty(num_keys):
             zero = torch.zeros((), device=inputs[0].device)
             self.mask_stats = MaskStats(zero, zero)
             return None
-        aux = branch(*inputs, self.absolute_threshold(num_keys))
+        aux = branch(*inputs, self.mask_state.absolute(num_keys))
         self.mask_stats = MaskStats(aux.kept_fraction, aux.kept_mass.detach().float().mean())
-        if self.aux_scale == 1:
+        scale = self.mask_state.aux_scale
+        if scale == 1:
             return aux
-        return aux._replace(out=aux.out * self.aux_scale, kept_mass=aux.kept_mass * self.aux_scale)
+        return aux._replace(out=aux.out * scale, kept_mass=aux.kept_mass * scale)
 
 
 class CastlingAttention(MaskedAttention):
@@ -160,19 +129,10 @@ class CastlingAttention(MaskedAttention):
         dim: channels C.
         num_heads: heads, dividing `dim`.
         qkv_bias: whether `qkv` has a bias. Published: False; ViTs: True.
-        mode: `"softmax"`, `"linear"` or `"castling"`.
-        normalizer: `"l2"` (published) or `"kernel"`, see `castling_det.ops.linear_angular_attention`.
-        center_keys: as in `MaskedAttention`; published False.
-        local_conv: `"image"`, `"tokens"` (published), or None for no local convolution in any mode.
-        local_conv_kernel_size: odd k of `local_conv="image"`.
-        threshold: probabilities above it are kept by the mask; published 0.02.
-        threshold_unit: `"absolute"` (published), or `"uniform"`: multiples of 1/N, the probability of a uniform row.
-        eval_aux: keep the masked softmax branch in eval mode.
         num_prefix_tokens: tokens before the height * width ones (class token, registers).
         proj_drop: dropout rate after the projection, in [0, 1).
-
-    Attributes:
-        native: take the compiled kernel of `castling_det.ops.native` where one was built; False: plain operations.
+        options: mode, normaliser, local convolution and mask; None takes the defaults.
+        by_name: fields of `AttentionOptions`, in place of those of `options`.
     """
 
     def __init__(
@@ -181,42 +141,22 @@ class CastlingAttention(MaskedAttention):
         num_heads: int,
         *,
         qkv_bias: bool = True,
-        mode: str = "castling",
-        normalizer: str = "l2",
-        center_keys: bool = False,
-        local_conv: str | None = "image",
-        local_conv_kernel_size: int = 3,
-        threshold: float = 0.02,
-        threshold_unit: str = "absolute",
-        eval_aux: bool = False,
         num_prefix_tokens: int = 0,
         proj_drop: float = 0.0,
+        options: AttentionOptions | None = None,
+        **by_name: Any,
     ) -> None:
-        super().__init__(
-            mode=mode,
-            normalizer=normalizer,
-            center_keys=center_keys,
-            threshold=threshold,
-            threshold_unit=threshold_unit,
-            eval_aux=eval_aux,
-        )
+        super().__init__(options, by_name)
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f"num_heads={num_heads}: expected a divisor of dim={dim}; change num_heads or embed_dims")
         self.dim = dim
         self.num_heads = num_heads
         self.num_prefix_tokens = num_prefix_tokens
-        self.native = True
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.dconv = (
-            LocalConv(
-                dim, num_heads, kind=local_conv, kernel_size=local_conv_kernel_size, num_prefix_tokens=num_prefix_tokens
-            )
-            if local_conv is not None
-            else None
-        )
+        self.dconv = local_conv(self.options, dim, num_heads, num_prefix_tokens=num_prefix_tokens)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
-        if mode == "softmax" and self.dconv is not None:
+        if self.mode == "softmax" and self.dconv is not None:
             nn.init.zeros_(self.dconv.weight)
 
     def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
@@ -244,11 +184,13 @@ class CastlingAttention(MaskedAttention):
         return HeadInputs(q, k, v, None, hw, hw, self.num_prefix_tokens)
 
     def project(self, x: Tensor) -> Tensor:
-        """Packed queries, keys (centred) and values of tokens (B, N, C), each of them head by head: (B, N, 3 * C)."""
+        """Maps tokens (B, N, C) to queries, keys (centred where asked) and values, (B, N, 3 * C), head by head."""
         qkv: Tensor = self.qkv(x)
         if not self.centers_keys:
             return qkv
-        return centered_keys_packed(qkv.unflatten(-1, (3, self.num_heads, -1))).flatten(-3)
+        mean_B1C = qkv[..., self.dim : 2 * self.dim].mean(dim=1, keepdim=True)
+        # One subtraction from all three parts copies less than taking them apart and joining them again.
+        return qkv - F.pad(mean_B1C, (self.dim, self.dim))
 
     def attend(self, qkv: Tensor, hw: tuple[int, int]) -> Tensor:
         """The core: everything between `project` and `proj`, local convolution included.
@@ -264,19 +206,12 @@ class CastlingAttention(MaskedAttention):
         local = None if self.dconv is None else partial(self._local, hw=hw)
         if self.mode != "softmax":
             aux = self._masked_branch(masked_softmax_packed, qkv_BN3HK, num_keys=qkv.shape[1])
-            if aux is None and self._takes_kernel(qkv):
-                weight = None if self.dconv is None else self.dconv.weight
-                return native.linear_angular(qkv, weight, self.num_heads, hw, self.normalizer)
-            return linear_angular_packed(qkv_BN3HK, normalizer=self.normalizer, aux=aux, local=local).flatten(-2)
+            normalizer = self.options.normalizer
+            return linear_angular_packed(qkv_BN3HK, normalizer=normalizer, aux=aux, local=local).flatten(-2)
         q_BNHK, k_BNHK, v_BNHK = qkv_BN3HK.unbind(2)
         y_BHNK = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q_BNHK, k_BNHK, v_BNHK)))
         y: Tensor = y_BHNK.transpose(1, 2).flatten(-2)
         return y if local is None else y + local(v_BNHK).flatten(-2)
-
-    def _takes_kernel(self, qkv: Tensor) -> bool:
-        on_image = self.dconv is None or self.dconv.kind == "image"
-        weight = None if self.dconv is None else self.dconv.weight
-        return self.native and on_image and native.usable(qkv, weight, self.num_heads)
 
     def _local(self, v_BNHK: Tensor, hw: tuple[int, int]) -> Tensor:
         assert self.dconv is not None
@@ -294,7 +229,7 @@ class CastlingAttention(MaskedAttention):
             scores = values = num_tokens * num_tokens * self.dim
         else:
             values = num_tokens * self.dim * (self.dim // self.num_heads)
-            scores = values + (2 * num_tokens * self.dim if self.normalizer == "kernel" else 0)
+            scores = values + (2 * num_tokens * self.dim if self.options.normalizer == "kernel" else 0)
         return {
             "attention_scores": scores,
             "attention_values": values,
@@ -304,12 +239,23 @@ class CastlingAttention(MaskedAttention):
 
     def extra_repr(self) -> str:
         """The options, for `print(model)`."""
-        return (
-            f"mode={self.mode!r}, normalizer={self.normalizer!r}, center_keys={self.center_keys}, "
-            f"threshold={self.threshold}, threshold_unit={self.threshold_unit!r}, num_heads={self.num_heads}"
-        )
+        return f"{self.options}, num_heads={self.num_heads}"
 
 
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, choices))}")
+def attention_layers(model: nn.Module, mode: str | None = None) -> dict[str, MaskedAttention]:
+    """The attention layers of a detector or backbone, which may be wrapped for distributed training.
+
+    Args:
+        model: searched in its `backbone` where it has one.
+        mode: only layers of this mode; None for all.
+
+    Returns:
+        Layers by the name of their block within the backbone, such as `blocks.3`.
+    """
+    unwrapped = getattr(model, "module", model)
+    backbone: nn.Module = getattr(unwrapped, "backbone", unwrapped)
+    return {
+        name.removesuffix(".attn"): module
+        for name, module in backbone.named_modules()
+        if isinstance(module, MaskedAttention) and mode in (None, module.mode)
+    }

@@ -8,7 +8,7 @@ of a map of `hw` = (height, width).
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from castling_det.layers.attention import HeadInputs, MaskedAttention
 from castling_det.layers.linear_norm import LinearNorm
 from castling_det.layers.local_conv import LocalConv
-from castling_det.ops import centered_keys, linear_angular_attention, masked_softmax
+from castling_det.layers.options import AttentionOptions
+from castling_det.ops import linear_angular_attention, masked_softmax
 
 __all__ = ["LevitAttention", "resized_biases", "subsampled_hw"]
 
@@ -80,8 +81,7 @@ class LevitAttention(MaskedAttention):
         attn_ratio: channels of a head's values over `key_dim`.
         query_stride: 1, or 2 for queries at every second row and column.
         resolution: height and width of the map that the biases are kept for; other maps interpolate them.
-        mode, normalizer, center_keys, threshold, threshold_unit, eval_aux: as in `MaskedAttention`.
-        local_conv, local_conv_kernel_size: as in `CastlingAttention`.
+        options, by_name: as in `CastlingAttention`.
 
     Attributes:
         keep_biases: keep those of the last map's size instead of gathering them in each forward. For weights that
@@ -98,23 +98,10 @@ class LevitAttention(MaskedAttention):
         attn_ratio: float = 2.0,
         query_stride: int = 1,
         resolution: int = 14,
-        mode: str = "castling",
-        normalizer: str = "l2",
-        center_keys: bool = False,
-        local_conv: str | None = "image",
-        local_conv_kernel_size: int = 3,
-        threshold: float = 0.02,
-        threshold_unit: str = "absolute",
-        eval_aux: bool = False,
+        options: AttentionOptions | None = None,
+        **by_name: Any,
     ) -> None:
-        super().__init__(
-            mode=mode,
-            normalizer=normalizer,
-            center_keys=center_keys,
-            threshold=threshold,
-            threshold_unit=threshold_unit,
-            eval_aux=eval_aux,
-        )
+        super().__init__(options, by_name)
         if min(key_dim, num_heads, query_stride) < 1:
             raise ValueError(
                 f"key_dim={key_dim}, num_heads={num_heads}, query_stride={query_stride}: expected positive numbers"
@@ -133,21 +120,19 @@ class LevitAttention(MaskedAttention):
         else:
             self.kv = LinearNorm(in_dim, keys_dim + values_dim)
             self.q = nn.Sequential(OrderedDict([("ln", LinearNorm(in_dim, keys_dim))]))
-        self.dconv = (
-            _QueryConv(
+        self.dconv: _QueryConv | None = None
+        if self.options.local_conv is not None:
+            self.dconv = _QueryConv(
                 values_dim,
                 num_heads,
-                kind=local_conv,
-                kernel_size=local_conv_kernel_size,
+                kind=self.options.local_conv,
+                kernel_size=self.options.local_conv_kernel_size,
                 query_stride=query_stride,
             )
-            if local_conv is not None
-            else None
-        )
         # Between stages there is no way round the attention: only inside them may it start as nothing.
         projection = LinearNorm(values_dim, out_dim, bn_weight_init=0.0 if query_stride == 1 else 1.0)
         self.proj = nn.Sequential(OrderedDict([("act", nn.Hardswish()), ("ln", projection)]))
-        if mode == "softmax":
+        if self.mode == "softmax":
             self.attention_biases = nn.Parameter(torch.zeros(num_heads, resolution**2))
             if self.dconv is not None:
                 nn.init.zeros_(self.dconv.weight)
@@ -176,7 +161,7 @@ class LevitAttention(MaskedAttention):
             k_BNHK, v_BNHV = heads.split([self.key_dim, self.value_dim], dim=-1)
             q_BMHK = self.q(_subsampled(x, hw, self.query_stride)).unflatten(-1, (self.num_heads, -1))
         if self.centers_keys:
-            k_BNHK = centered_keys(k_BNHK.transpose(1, 2)).transpose(1, 2)
+            k_BNHK = k_BNHK - k_BNHK.mean(dim=1, keepdim=True)
         return q_BMHK, k_BNHK, v_BNHV
 
     def head_inputs(self, x: Tensor, hw: tuple[int, int]) -> HeadInputs:
@@ -207,7 +192,7 @@ class LevitAttention(MaskedAttention):
         else:
             aux = self._masked_branch(masked_softmax, q, k, v, num_keys=k.shape[2])
             own = _subsampled(v_BNHV, hw, self.query_stride).transpose(1, 2)
-            y_BHMV = linear_angular_attention(q, k, v, normalizer=self.normalizer, aux=aux, v_at_q=own)
+            y_BHMV = linear_angular_attention(q, k, v, normalizer=self.options.normalizer, aux=aux, v_at_q=own)
         y: Tensor = y_BHMV.transpose(1, 2).flatten(-2)
         return y if self.dconv is None else y + self.dconv(v_BNHV.flatten(-2), hw)
 
@@ -242,7 +227,7 @@ class LevitAttention(MaskedAttention):
         if self.mode == "softmax":
             scores, values = queries * tokens * keys_dim, queries * tokens * values_dim
         else:
-            row_sums = (tokens + queries) * keys_dim if self.normalizer == "kernel" else 0
+            row_sums = (tokens + queries) * keys_dim if self.options.normalizer == "kernel" else 0
             scores = tokens * keys_dim * self.value_dim + row_sums
             values = queries * keys_dim * self.value_dim
         out_dim = _out_features(self.proj[-1])
@@ -256,11 +241,7 @@ class LevitAttention(MaskedAttention):
 
     def extra_repr(self) -> str:
         """The options, for `print(model)`."""
-        return (
-            f"mode={self.mode!r}, normalizer={self.normalizer!r}, center_keys={self.center_keys}, "
-            f"threshold={self.threshold}, threshold_unit={self.threshold_unit!r}, num_heads={self.num_heads}, "
-            f"key_dim={self.key_dim}, value_dim={self.value_dim}"
-        )
+        return f"{self.options}, num_heads={self.num_heads}, key_dim={self.key_dim}, value_dim={self.value_dim}"
 
 
 def resized_biases(table: Tensor, hw: tuple[int, int]) -> Tensor:

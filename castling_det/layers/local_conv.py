@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-__all__ = ["LOCAL_CONVS", "LocalConv"]
+from castling_det.layers.options import AttentionOptions
 
-LOCAL_CONVS = ("tokens", "image")
+__all__ = ["LocalConv", "local_conv"]
 
 _TOKEN_KERNEL_SIZE = 9
 """Published: nine taps along the flattened token axis."""
@@ -31,10 +31,6 @@ class LocalConv(nn.Conv2d):
     def __init__(
         self, dim: int, num_heads: int, *, kind: str = "image", kernel_size: int = 3, num_prefix_tokens: int = 0
     ) -> None:
-        if kind not in LOCAL_CONVS:
-            raise ValueError(f"local_conv={kind!r}: expected one of {', '.join(map(repr, LOCAL_CONVS))} or None")
-        if kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f"local_conv_kernel_size={kernel_size}: expected an odd positive number, such as 3 or 5")
         if kind == "tokens":
             taps = _TOKEN_KERNEL_SIZE
             super().__init__(num_heads, num_heads, (taps, 1), padding=(taps // 2, 0), groups=num_heads, bias=False)
@@ -62,3 +58,11 @@ class LocalConv(nn.Conv2d):
         if self.kind == "tokens":
             return taps * num_tokens * self.dim
         return taps * (num_tokens - self.num_prefix_tokens) * self.dim
+
+
+def local_conv(options: AttentionOptions, dim: int, num_heads: int, *, num_prefix_tokens: int = 0) -> LocalConv | None:
+    """The local convolution that the options ask for."""
+    if options.local_conv is None:
+        return None
+    kind, kernel_size = options.local_conv, options.local_conv_kernel_size
+    return LocalConv(dim, num_heads, kind=kind, kernel_size=kernel_size, num_prefix_tokens=num_prefix_tokens)

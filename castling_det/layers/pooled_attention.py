@@ -5,14 +5,17 @@ Parameter names are those of timm's MultiScaleAttention (Apache-2.0), so that it
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from castling_det.layers.attention import HeadInputs, MaskedAttention
-from castling_det.layers.local_conv import LocalConv
+from castling_det.layers.local_conv import local_conv
+from castling_det.layers.options import AttentionOptions
 from castling_det.layers.relative_position import relative_position_logits, table_length
-from castling_det.ops import centered_keys, linear_angular_attention, masked_softmax
+from castling_det.ops import linear_angular_attention, masked_softmax
 
 __all__ = ["PooledAttention", "pooled_hw"]
 
@@ -50,14 +53,7 @@ class PooledAttention(MaskedAttention):
         stride_kv: pooling stride of keys and values.
         grid: height and width of the map that the tables of `"softmax"` are kept for; others interpolate them.
         qkv_bias: whether `qkv` has a bias.
-        mode: `"softmax"`, `"linear"` or `"castling"`.
-        normalizer: `"l2"` (published) or `"kernel"`, see `castling_det.ops.linear_angular_attention`.
-        center_keys: as in `MaskedAttention`, after the pooling; published False.
-        local_conv: `"image"`, `"tokens"` (published), or None for no local convolution in any mode.
-        local_conv_kernel_size: odd k of `local_conv="image"`.
-        threshold: probabilities above it are kept by the mask; published 0.02.
-        threshold_unit: `"absolute"` (published), or `"uniform"`: multiples of one over the number of keys.
-        eval_aux: keep the masked softmax branch in eval mode.
+        options, by_name: as in `CastlingAttention`.
     """
 
     def __init__(
@@ -70,23 +66,10 @@ class PooledAttention(MaskedAttention):
         stride_kv: int = 1,
         grid: tuple[int, int] = (14, 14),
         qkv_bias: bool = True,
-        mode: str = "castling",
-        normalizer: str = "l2",
-        center_keys: bool = False,
-        local_conv: str | None = "image",
-        local_conv_kernel_size: int = 3,
-        threshold: float = 0.02,
-        threshold_unit: str = "absolute",
-        eval_aux: bool = False,
+        options: AttentionOptions | None = None,
+        **by_name: Any,
     ) -> None:
-        super().__init__(
-            mode=mode,
-            normalizer=normalizer,
-            center_keys=center_keys,
-            threshold=threshold,
-            threshold_unit=threshold_unit,
-            eval_aux=eval_aux,
-        )
+        super().__init__(options, by_name)
         dim_out = dim if dim_out is None else dim_out
         if num_heads < 1 or dim_out % num_heads:
             raise ValueError(f"num_heads={num_heads}: expected a divisor of dim_out={dim_out}; change one of them")
@@ -105,12 +88,8 @@ class PooledAttention(MaskedAttention):
         self.pool_q, self.norm_q = _pooling(head_dim, stride_q)
         self.pool_k, self.norm_k = _pooling(head_dim, stride_kv)
         self.pool_v, self.norm_v = _pooling(head_dim, stride_kv)
-        self.dconv = (
-            LocalConv(dim_out, num_heads, kind=local_conv, kernel_size=local_conv_kernel_size)
-            if local_conv is not None
-            else None
-        )
-        if mode == "softmax":
+        self.dconv = local_conv(self.options, dim_out, num_heads)
+        if self.mode == "softmax":
             lengths = (table_length(*sizes) for sizes in zip(*self.grids(grid), strict=True))
             self.rel_pos_h, self.rel_pos_w = (nn.Parameter(torch.empty(length, head_dim)) for length in lengths)
             nn.init.trunc_normal_(self.rel_pos_h, std=0.02)
@@ -139,7 +118,7 @@ class PooledAttention(MaskedAttention):
         else:
             aux = self._masked_branch(masked_softmax, q, k, v, num_keys=k.shape[2])
             v_at_q = self._at_queries(_merged(v), query_hw, key_hw).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            y = linear_angular_attention(q, k, v, normalizer=self.normalizer, aux=aux, v_at_q=v_at_q)
+            y = linear_angular_attention(q, k, v, normalizer=self.options.normalizer, aux=aux, v_at_q=v_at_q)
         merged = _merged(y + q)
         if self.dconv is not None:
             merged = merged + self._at_queries(self.dconv(_merged(v), key_hw), query_hw, key_hw)
@@ -154,7 +133,7 @@ class PooledAttention(MaskedAttention):
         k = _pooled(k, hw, self.pool_k, self.norm_k)
         v = _pooled(v, hw, self.pool_v, self.norm_v)
         if self.centers_keys:
-            k = centered_keys(k)
+            k = k - k.mean(dim=2, keepdim=True)
         logits = None
         if self.mode == "softmax":
             logits = relative_position_logits(q, query_hw, key_hw, self.rel_pos_h, self.rel_pos_w)
@@ -202,17 +181,13 @@ class PooledAttention(MaskedAttention):
             scores = values = queries * keys * self.dim_out
             counts["relative_positions"] = queries * sum(key_hw) * self.dim_out
         else:
-            columns = self.dim_out // self.num_heads + (self.normalizer == "kernel")
+            columns = self.dim_out // self.num_heads + (self.options.normalizer == "kernel")
             scores, values = keys * self.dim_out * columns, queries * self.dim_out * columns
         return {**counts, "attention_scores": scores, "attention_values": values}
 
     def extra_repr(self) -> str:
         """The options, for `print(model)`."""
-        return (
-            f"mode={self.mode!r}, normalizer={self.normalizer!r}, center_keys={self.center_keys}, "
-            f"threshold={self.threshold}, threshold_unit={self.threshold_unit!r}, num_heads={self.num_heads}, "
-            f"stride_q={self.stride_q}, stride_kv={self.stride_kv}"
-        )
+        return f"{self.options}, num_heads={self.num_heads}, stride_q={self.stride_q}, stride_kv={self.stride_kv}"
 
 
 def _pooling(head_dim: int, stride: int) -> tuple[nn.Conv2d, nn.LayerNorm]:

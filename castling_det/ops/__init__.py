@@ -4,7 +4,6 @@ Shape suffixes, here and in attention bodies: B batch, H heads, G a group of hea
 M query tokens where they are not all N, K channels of a head, V those of its values where they are not K, C = H * K.
 """
 
-from castling_det.ops.centering import centered_keys, centered_keys_packed
 from castling_det.ops.linear_angular import NORMALIZERS, linear_angular_attention, linear_angular_packed
 from castling_det.ops.masked_softmax import (
     MaskedSoftmax,
@@ -18,8 +17,6 @@ __all__ = [
     "EPS",
     "NORMALIZERS",
     "MaskedSoftmax",
-    "centered_keys",
-    "centered_keys_packed",
     "linear_angular_attention",
     "linear_angular_packed",
     "masked_softmax",

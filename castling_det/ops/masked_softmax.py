@@ -178,9 +178,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 
 def _gradients(ctx: Any, grad_out: Tensor, grad_mass: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-    gradients: tuple[Tensor, Tensor, Tensor] = _backward(
-        grad_out, grad_mass, *ctx.saved_tensors, ctx.scale
-    )
+    gradients: tuple[Tensor, Tensor, Tensor] = _backward(grad_out, grad_mass, *ctx.saved_tensors, ctx.scale)
     return *gradients, None, None
 
 
@@ -211,9 +209,7 @@ class _Packed(torch.autograd.Function):
             grad_qkv = torch.zeros_like(qkv, dtype=dtype)
             grad_q, grad_k, grad_v = (x.transpose(1, 2) for x in grad_qkv.unbind(2))
             gradients = grad_q, grad_k, grad_v
-            _add_gradients(
-                gradients, grad_out.to(dtype), grad_mass, q, k, v, out, kept_mass, limit, ctx.scale
-            )
+            _add_gradients(gradients, grad_out.to(dtype), grad_mass, q, k, v, out, kept_mass, limit, ctx.scale)
         return grad_qkv.to(qkv.dtype), None, None
 
 

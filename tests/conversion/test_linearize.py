@@ -14,6 +14,7 @@ from PIL import Image
 from castling_det.conversion import convert, load_checkpoint, manifest_path
 from castling_det.conversion.detectors import build_detector, with_attention
 from castling_det.files import sha256_of
+from castling_det.layers import MaskState
 from tests.conversion.conftest import EMPTY, FAST, NOT_EMPTY
 
 pytestmark = pytest.mark.usefixtures("quick_macs")
@@ -26,7 +27,7 @@ def hybrid_with(config, tensors, mask=None):
     if mask:
         for block in model.backbone.blocks:
             block.attn.eval_aux = True
-            block.attn.threshold = mask["threshold"]
+            block.attn.mask_state = MaskState.from_meta(mask)
     return model
 
 

@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 
 from castling_det.conversion import load_checkpoint
 from castling_det.conversion.detectors import build_detector, with_attention
+from castling_det.layers import MaskState
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert.py"
 PROBE = ("--shape", "64", "64", "--num-probes", "1")
@@ -105,7 +106,8 @@ def test_a_training_run_converts_exactly_once_its_mask_is_empty(tool, trained_fo
     hybrid = build_detector(with_attention(Config.fromfile(config), "castling"))
     hybrid.load_state_dict(checkpoint["state_dict"])
     for block in hybrid.backbone.blocks:
-        block.attn.eval_aux, block.attn.threshold = True, checkpoint["meta"]["castling_det"]["mask"]["threshold"]
+        block.attn.eval_aux = True
+        block.attn.mask_state = MaskState.from_meta(checkpoint["meta"]["castling_det"]["mask"])
     deployed = init_detector(with_attention(Config.fromfile(config), "linear"), str(out), device="cpu")
     torch.testing.assert_close(raw_outputs(deployed), raw_outputs(hybrid), rtol=0, atol=0)
     assert deployed.dataset_meta["classes"] == ("square", "other")

@@ -16,7 +16,7 @@ from mmengine.dist import all_reduce, get_rank
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
-from castling_det.engine.mask_annealing import castling_layers
+from castling_det.layers import attention_layers
 from tests.distributed.settings import CONFIG, options
 from tests.processes import process_context
 
@@ -47,7 +47,7 @@ class Watch(Hook):
         loss = outputs["loss"].detach().clone()
         all_reduce(loss, op="mean")
         self.losses.append(float(loss))
-        layers = castling_layers(runner.model).values()
+        layers = attention_layers(runner.model, "castling").values()
         self.kept.append([float(layer.mask_stats.kept_fraction) for layer in layers if layer.mask_stats])
 
 
@@ -101,6 +101,5 @@ def train_in_ranks(folder: Path, cases: Sequence[dict[str, Any]], *, ranks: int)
             process.kill()
     assert [process.exitcode for process in processes] == [0] * ranks
     return [
-        [Trained(*each) for each in torch.load(folder / f"rank{rank}.pth", weights_only=False)]
-        for rank in range(ranks)
+        [Trained(*each) for each in torch.load(folder / f"rank{rank}.pth", weights_only=False)] for rank in range(ranks)
     ]

@@ -27,7 +27,7 @@ class TinyModel(BaseModel):
 
     def forward(self, inputs, mode="tensor"):
         attention = self.backbone.blocks[1].attn
-        self.seen.append((attention.threshold, attention.aux_scale))
+        self.seen.append((attention.mask_state.threshold, attention.mask_state.aux_scale))
         return {"loss": self.backbone(inputs)[0].square().mean()}
 
 
@@ -73,7 +73,8 @@ def run(work_dir, *, hook=None, model=None, resume=False, stop_after=None, max_i
 
 def expected(iteration, **options):
     settings = dict(schedule="geometric", start=0.26, end=1.0) | options
-    return tuple(mask_state(iteration / ITERATIONS, **settings))
+    state = mask_state(iteration / ITERATIONS, **settings)
+    return state.threshold, state.aux_scale
 
 
 def test_sets_logs_and_records_the_mask(tmp_path):
@@ -140,7 +141,7 @@ def test_refusals(tmp_path, options, unit, attention, message):
 def test_finds_the_layers_behind_a_wrapper():
     from mmengine.registry import MODEL_WRAPPERS
 
-    from castling_det.engine.mask_annealing import castling_layers
+    from castling_det.layers import attention_layers
 
     @MODEL_WRAPPERS.register_module(force=True)
     class Wrapper(torch.nn.Module):
@@ -148,4 +149,4 @@ def test_finds_the_layers_behind_a_wrapper():
             super().__init__()
             self.module = module
 
-    assert list(castling_layers(Wrapper(TinyModel()))) == ["blocks.0", "blocks.1"]
+    assert list(attention_layers(Wrapper(TinyModel()), "castling")) == ["blocks.0", "blocks.1"]

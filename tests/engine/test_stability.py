@@ -27,8 +27,8 @@ def gradient_norms(mode, *, normalizer="l2", fade=False, schedule="geometric", l
     norms, kept = [], []
     for step in range(STEPS):
         x, target = torch.randn(2, 4, 63, 32).unbind(0)
-        layer.threshold, layer.aux_scale = mask_state(
-            step / STEPS, schedule=schedule, start=0.3, end=63.0, empty_from=0.7, fade=fade
+        layer.mask_state = mask_state(
+            step / STEPS, schedule=schedule, start=0.3, end=63.0, threshold_unit="uniform", empty_from=0.7, fade=fade
         )
         loss = (layer(x, (7, 9)) - target).square().mean()
         optimizer.zero_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ def published_layer(mode, threshold=0.02, **options):
 def test_published_options_equal_the_published_block(hw, mode, qkv_bias):
     layer = published_layer(mode, qkv_bias=qkv_bias, threshold=0.9 / (hw[0] * hw[1]))
     x = tokens_of(hw)
-    threshold = layer.threshold if mode == "castling" else None
+    threshold = layer.mask_state.threshold if mode == "castling" else None
     parameters = dict(layer.named_parameters())
     weight = torch.linspace(-1, 1, x.numel(), dtype=torch.float64).reshape(x.shape)
 
@@ -65,7 +66,11 @@ def test_negative_controls_are_seen():
     unpermuted = dict(parameters)
     unpermuted["qkv.weight"] = parameters["qkv.weight"].reshape(3, 3, 8, 24).transpose(0, 1).reshape(72, 24)
     no_conv = {**parameters, "dconv.weight": torch.zeros_like(parameters["dconv.weight"])}
-    for wrong, threshold in ((unpermuted, layer.threshold), (no_conv, layer.threshold), (parameters, 1.0 / 15)):
+    for wrong, threshold in (
+        (unpermuted, layer.mask_state.threshold),
+        (no_conv, layer.mask_state.threshold),
+        (parameters, 1.0 / 15),
+    ):
         assert errors(actual, published_block(x, wrong, 3, threshold))[0] > 1e-6
 
 
@@ -120,7 +125,7 @@ def test_eval_computes_what_is_deployed(normalizer):
     assert errors(hybrid, deployed)[0] > 1e-3
     castling.eval_aux = True
     assert torch.equal(castling(x, hw), hybrid)
-    castling.threshold = 20.0
+    castling.mask_state = replace(castling.mask_state, threshold=20.0)
     assert torch.equal(castling.train()(x, hw), linear.train()(x, hw))
 
 
@@ -134,24 +139,24 @@ def test_mask_statistics():
     assert 0 < layer.mask_stats.kept_fraction < 1
     torch.testing.assert_close(layer.mask_stats.kept_fraction, kept.double().mean().float())
     torch.testing.assert_close(layer.mask_stats.kept_mass, (p * kept).sum(-1).mean().float())
-    layer.aux_scale = 0.0
+    layer.mask_state = replace(layer.mask_state, aux_scale=0.0)
     layer(x, hw)
     assert layer.mask_stats == (0, 0)
 
 
 def test_uniform_unit_means_the_same_at_every_resolution():
     layer = CastlingAttention(24, 3, threshold=2.0, threshold_unit="uniform")
-    assert layer.absolute_threshold(100) == 0.02 and layer.absolute_threshold(1600) == 2 / 1600
-    assert layer.mask_is_empty(2) and not layer.mask_is_empty(3)
+    assert layer.mask_state.absolute(100) == 0.02 and layer.mask_state.absolute(1600) == 2 / 1600
+    assert layer.mask_state.is_empty(2) and not layer.mask_state.is_empty(3)
 
 
 def test_fade_scales_the_branch():
     layer = randomised(CastlingAttention(24, 3, threshold=0.0).double())
     x, hw = tokens_of((3, 3)), (3, 3)
     full = layer(x, hw)
-    layer.aux_scale = 0.5
+    layer.mask_state = replace(layer.mask_state, aux_scale=0.5)
     half = layer(x, hw)
-    layer.aux_scale = 0.0
+    layer.mask_state = replace(layer.mask_state, aux_scale=0.0)
     none = layer(x, hw)
     assert errors(full, half)[0] > 1e-4 and errors(half, none)[0] > 1e-4
     assert torch.equal(none, layer.eval()(x, hw))

@@ -57,4 +57,4 @@ def test_keys_lose_their_mean_where_a_cosine_sees_it(name, mode):
 def test_backbones_hand_it_on(name):
     for center in (False, True):
         layers = [m for m in BACKBONES[name](center_keys=center).modules() if isinstance(m, MaskedAttention)]
-        assert layers and all(layer.center_keys is center for layer in layers)
+        assert layers and all(layer.options.center_keys is center for layer in layers)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch._dynamo.testing
@@ -79,7 +81,7 @@ def test_a_threshold_that_moves_stays_in_one_graph():
     counter = torch._dynamo.testing.CompileCounter()
     compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=counter)
     for step in range(6):
-        module.attn.threshold = 0.01 * 1.3**step
+        module.attn.mask_state = replace(module.attn.mask_state, threshold=0.01 * 1.3**step)
         assert_parity(compiled(image(*SIZES[0])), module(image(*SIZES[0])), rms=1e-6, maximum=1e-5)
     assert counter.frame_count <= 2
 

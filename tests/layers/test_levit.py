@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -290,11 +291,11 @@ def test_mask_statistics_and_fade():
     kept = p > 0.9 / 24
     torch.testing.assert_close(attn.mask_stats.kept_fraction, kept.double().mean().float())
     torch.testing.assert_close(attn.mask_stats.kept_mass, (p * kept).sum(-1).mean().float())
-    attn.aux_scale = 0.5
+    attn.mask_state = replace(attn.mask_state, aux_scale=0.5)
     assert errors(attn(x, hw), full)[0] > 1e-4
-    assert not attn.mask_is_empty(24)
-    attn.threshold = 24.0
-    assert attn.mask_is_empty(24) and not attn.mask_is_empty(25)
+    assert not attn.mask_state.is_empty(24)
+    attn.mask_state = replace(attn.mask_state, threshold=24.0)
+    assert attn.mask_state.is_empty(24) and not attn.mask_state.is_empty(25)
     attn(x, hw)
     assert attn.mask_stats == (0, 0)
 

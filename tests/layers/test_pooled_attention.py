@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -75,7 +76,7 @@ def reference(layer, x, hw, threshold=None, transposed=False):
     cosine = F.cosine_similarity(q.unsqueeze(-2), k.unsqueeze(-3), dim=-1, eps=0)
     p = torch.softmax(q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1]), dim=-1)
     sparse = p * (p > threshold) if threshold is not None else torch.zeros_like(p)
-    if layer.normalizer == "l2":
+    if layer.options.normalizer == "l2":
         total = split(bring(merge(v))) / 2 + cosine @ v / math.pi + sparse @ v
         y = total / total.norm(dim=-1, keepdim=True)
     else:
@@ -167,7 +168,7 @@ def test_eval_computes_what_is_deployed(normalizer, hw, stride_q, stride_kv):
         assert errors(hybrid, deployed)[0] > 1e-4
     castling.eval_aux = True
     assert torch.equal(castling(x, hw)[0], hybrid)
-    castling.threshold = 96.0
+    castling.mask_state = replace(castling.mask_state, threshold=96.0)
     assert torch.equal(castling.train()(x, hw)[0], linear(x, hw)[0])
 
 
@@ -183,10 +184,10 @@ def test_mask_counts_keys(stride_q, stride_kv):
     assert 0 < layer.mask_stats.kept_fraction < 1
     torch.testing.assert_close(layer.mask_stats.kept_fraction, kept.double().mean().float())
     torch.testing.assert_close(layer.mask_stats.kept_mass, (p * kept).sum(-1).mean().float())
-    assert layer.mask_is_empty(1) and not layer.mask_is_empty(2)
-    layer.aux_scale = 0.0
+    assert layer.mask_state.is_empty(1) and not layer.mask_state.is_empty(2)
+    layer.mask_state = replace(layer.mask_state, aux_scale=0.0)
     layer(x, hw)
-    assert layer.mask_stats == (0, 0) and layer.mask_is_empty(96)
+    assert layer.mask_stats == (0, 0) and layer.mask_state.is_empty(96)
 
 
 def test_fade_scales_the_branch():
@@ -194,7 +195,7 @@ def test_fade_scales_the_branch():
     x = tokens_of(hw, DIM)
     outs = []
     for scale in (1.0, 0.5, 0.0):
-        layer.aux_scale = scale
+        layer.mask_state = replace(layer.mask_state, aux_scale=scale)
         outs.append(layer(x, hw)[0])
     assert errors(outs[0], outs[1])[0] > 1e-4 and errors(outs[1], outs[2])[0] > 1e-4
     assert torch.equal(outs[2], layer.eval()(x, hw)[0])

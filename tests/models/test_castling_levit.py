@@ -7,9 +7,8 @@ import timm
 import torch
 from mmdet.registry import MODELS
 
-from castling_det.conversion.probes import castling_layers as layers_to_convert
-from castling_det.engine.mask_annealing import castling_layers as layers_to_anneal
-from castling_det.layers import ATTENTION_MODES, LevitAttention
+from castling_det.layers import ATTENTION_MODES, LevitAttention, MaskState
+from castling_det.layers import attention_layers as layers_by_name
 from castling_det.models import CastlingLeViT
 from castling_det.models.backbones.castling_levit import ARCHITECTURES
 from castling_det.report.complexity import count_macs
@@ -191,11 +190,11 @@ def test_eval_computes_what_is_deployed(normalizer):
     linear.load_state_dict(castling.state_dict(), strict=True)
     x = image(96, 136)
     assert all(torch.equal(*pair) for pair in zip(castling(x), linear(x), strict=True))
-    for attn in layers_to_anneal(castling).values():
+    for attn in layers_by_name(castling).values():
         attn.eval_aux = True
     assert errors(castling(x)[-1], linear(x)[-1])[0] > 1e-3
-    for attn in layers_to_anneal(castling).values():
-        attn.threshold = 1000.0
+    for attn in layers_by_name(castling).values():
+        attn.mask_state = MaskState(1000.0, "uniform")
     castling.train()
     linear.train()
     assert all(torch.equal(*pair) for pair in zip(castling(x), linear(x), strict=True))
@@ -203,10 +202,10 @@ def test_eval_computes_what_is_deployed(normalizer):
 
 def test_hook_and_conversion_find_every_layer():
     backbone = small("castling")
-    assert list(layers_to_anneal(backbone)) == BLOCKS == list(layers_to_convert(backbone))
-    assert not layers_to_anneal(small("linear")) and not layers_to_anneal(small("softmax"))
+    assert list(layers_by_name(backbone, "castling")) == BLOCKS
+    assert not layers_by_name(small("linear"), "castling") and not layers_by_name(small("softmax"), "castling")
     backbone(image(64, 64))
-    assert all(0 < attn.mask_stats.kept_fraction <= 1 for attn in layers_to_anneal(backbone).values())
+    assert all(0 < attn.mask_stats.kept_fraction <= 1 for attn in layers_by_name(backbone).values())
 
 
 @pytest.mark.parametrize("attention", ATTENTION_MODES)

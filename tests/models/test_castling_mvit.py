@@ -11,8 +11,7 @@ from mmdet.registry import MODELS
 from timm.models.mvitv2 import MultiScaleVit, MultiScaleVitCfg, checkpoint_filter_fn
 from torch import nn
 
-from castling_det.engine.mask_annealing import castling_layers
-from castling_det.layers import ATTENTION_MODES, PooledAttention
+from castling_det.layers import ATTENTION_MODES, PooledAttention, attention_layers
 from castling_det.models import CastlingMViT
 from castling_det.report.complexity import count_macs
 from tests.compare import assert_parity, errors
@@ -175,8 +174,8 @@ def test_castling_is_linear_in_eval_bit_for_bit(kv_pooling):
 
 def test_the_hook_finds_every_block():
     names = ["stages.0.blocks.0", "stages.1.blocks.0", "stages.1.blocks.1", "stages.2.blocks.0", "stages.2.blocks.1"]
-    assert list(castling_layers(small("castling"))) == [*names, "stages.3.blocks.0"]
-    assert not castling_layers(small("linear")) and not castling_layers(small("softmax"))
+    assert list(attention_layers(small("castling"), "castling")) == [*names, "stages.3.blocks.0"]
+    assert not attention_layers(small("linear"), "castling") and not attention_layers(small("softmax"), "castling")
 
 
 def test_without_kv_pooling_the_grids_agree():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import runpy
 from pathlib import Path
@@ -13,11 +14,10 @@ from mmengine.config import Config
 from PIL import Image
 
 from castling_det.conversion.detectors import build_detector
-from castling_det.layers import CastlingAttention, LevitAttention, PooledAttention
+from castling_det.layers import CastlingAttention, LevitAttention, PooledAttention, attention_layers
 from castling_det.ops import naive
 from castling_det.report.attention_maps import (
     AttentionPicture,
-    attention_layers,
     attention_picture,
     branch_weights,
     capture,
@@ -118,7 +118,7 @@ def test_softmax_weights_hold_the_position_biases(make):
 def test_hybrid_weights_are_what_training_computes(make, normalizer):
     options = dict(mode="castling", normalizer=normalizer, threshold=0.8, threshold_unit="uniform", eval_aux=True)
     layer, x = randomised(make, **options)
-    layer.aux_scale = 0.7
+    layer.mask_state = dataclasses.replace(layer.mask_state, aux_scale=0.7)
     values, weights, _ = shown(layer, x, aux=True)
     expected = core(layer, x)
     torch.testing.assert_close(values, expected, rtol=1e-10, atol=1e-12)
@@ -126,7 +126,7 @@ def test_hybrid_weights_are_what_training_computes(make, normalizer):
     assert 0 < float(stats.kept_fraction) < 1
     torch.testing.assert_close(weights.kept_fraction.mean().float(), stats.kept_fraction)
     torch.testing.assert_close(weights.kept_mass.mean().float(), stats.kept_mass)
-    layer.threshold = 1.2  # negative control: another mask
+    layer.mask_state = dataclasses.replace(layer.mask_state, threshold=1.2)  # negative control: another mask
     assert (shown(layer, x, aux=True)[0] - expected).abs().max() > 1e-2
 
 
@@ -139,11 +139,11 @@ def test_rows_equal_the_naive_operators():
     kernel = weights.linear / weights.divisor.unsqueeze(-1)
     torch.testing.assert_close(kernel @ v, naive.linear_angular_attention(q, k, v, normalizer="kernel"))
     assert weights.linear.min() >= 0.5 - 1 / math.pi and weights.linear.max() <= 0.5 + 1 / math.pi
-    masked = naive.masked_softmax(q, k, v, layer.absolute_threshold(k.shape[2]))
+    masked = naive.masked_softmax(q, k, v, layer.mask_state.absolute(k.shape[2]))
     torch.testing.assert_close(weights.kept @ v, masked.out)
     torch.testing.assert_close(weights.kept_mass, masked.kept_mass)
     torch.testing.assert_close(weights.kept_fraction.mean().float(), masked.kept_fraction)
-    layer.normalizer = "l2"
+    layer.options = dataclasses.replace(layer.options, normalizer="l2")
     weights = branch_weights(layer, inputs, HW)
     linear = weights.linear / weights.divisor.unsqueeze(-1)
     torch.testing.assert_close(linear @ v, naive.linear_angular_attention(q, k, v, normalizer="l2"))

@@ -32,7 +32,7 @@ from castling_det.analysis.benchmark.parity import why_no_gradients
 from castling_det.analysis.benchmark.ratios import crossover, memory_ratio, speed_up, times_floor
 from castling_det.analysis.benchmark.reference import ReferenceAttention, reference_of
 from castling_det.analysis.benchmark.variants import Variant
-from castling_det.layers import CastlingAttention
+from castling_det.layers import CastlingAttention, MaskState
 from castling_det.report.record import Machine
 from tests.compare import assert_parity
 from tests.oracles.published import published_block
@@ -50,6 +50,7 @@ SKIPPED = dataclasses.replace(FAILED, status="skipped", reason="too long")
 SMALL = BenchmarkOptions(
     levels=("core",), sizes=((4, 4),), variants=("softmax", "linear"), repeats=1, warmup=1, embed_dims=16, num_heads=2
 )
+
 
 def report_of(*rows: BenchmarkRow) -> BenchmarkReport:
     machine = Machine("2.0", "cpu", "a processor", 2, "3.11", None)
@@ -93,9 +94,7 @@ def test_ratios_of_green_rows() -> None:
     assert memory_ratio(GREEN, slow) == "0.25x"
 
 
-@pytest.mark.parametrize(
-    ("row", "said"), [(RED, "parity red"), (FAILED, "failed"), (SKIPPED, "skipped"), (None, "-")]
-)
+@pytest.mark.parametrize(("row", "said"), [(RED, "parity red"), (FAILED, "failed"), (SKIPPED, "skipped"), (None, "-")])
 @pytest.mark.parametrize("ratio", [speed_up, times_floor, memory_ratio])
 def test_no_ratio_where_a_row_is_missing_or_wrong(
     ratio: Callable[[BenchmarkRow | None, BenchmarkRow | None], str], row: BenchmarkRow | None, said: str
@@ -207,8 +206,9 @@ class DetachedLocalConv(CastlingAttention):
 class MovedThreshold(CastlingAttention):
     """A mask a fifth off."""
 
-    def absolute_threshold(self, num_tokens: int) -> float:
-        return 1.2 * super().absolute_threshold(num_tokens)
+    def attend(self, qkv: Tensor, hw: tuple[int, int]) -> Tensor:
+        self.mask_state = MaskState(1.2 * self.options.threshold, self.options.threshold_unit)
+        return super().attend(qkv, hw)
 
 
 class Refusing(CastlingAttention):
@@ -270,7 +270,7 @@ def test_variants_are_what_they_are_called() -> None:
     assert VARIANTS["softmax"] == Variant({"mode": "softmax", "local_conv": None}), "nothing but the fused kernel"
     assert [name for name in VARIANTS if VARIANTS[name].levels == ("core",)] == ["floor"]
     layers = {name: CastlingAttention(8, 2, **VARIANTS[name].options) for name in plain}
-    assert layers["castling_empty"].mask_is_empty(4) and not layers["castling"].mask_is_empty(4)
+    assert layers["castling_empty"].mask_state.is_empty(4) and not layers["castling"].mask_state.is_empty(4)
 
 
 def test_sizes() -> None:

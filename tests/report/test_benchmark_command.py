@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from castling_det.analysis.benchmark import PASSES, read_benchmark, write_benchmark
-from castling_det.ops import native
 from tests.report.test_benchmark import GREEN, RED, SKIPPED, report_of
 
 ROOT = Path(__file__).parents[2]
@@ -69,9 +68,7 @@ def test_backbone_and_detector(command: Command, tmp_path: Path) -> None:
     assert code == 0, [row for row in report.rows if not row.ok or row.parity_red]
     assert {(row.level, row.tokens) for row in report.rows} == {("backbone", 8), ("detector", 32)}
     gradients = {row.compared for row in report.rows if row.level == "detector" and row.passes == PASSES[1]}
-    assert gradients == {
-        "output, gradient of the input, gradient of detector.backbone.blocks.0.attn.qkv.weight"
-    }
+    assert gradients == {"output, gradient of the input, gradient of detector.backbone.blocks.0.attn.qkv.weight"}
     assert "32 x 64 (32)" in text
 
 
@@ -96,9 +93,6 @@ def test_a_red_or_failed_row_is_in_the_exit_code(command: Command, tmp_path: Pat
         (("--threads", "0"), "--threads 0: expected at least 1"),
         (("--max-seconds", "nan"), "--max-seconds nan: expected seconds >= 0"),
         (("--device", "tpu"), "--device tpu: expected 'cpu'"),
-        (("--variants", "linear_native"), "the kernel is not built; run `castling-det build`"),
-        (("--variants", "linear_native", "--dtypes", "bfloat16"), "the kernel is for float32 on a CPU"),
-        (("--variants", "linear_native", "--num-heads", "48"), "and heads of 8"),
         (("--levels", "detector", "--config-prefix", "no/where"), "no/where_castling_8xb16-100e_coco.py: no such file"),
     ],
 )
@@ -106,11 +100,9 @@ def test_a_bad_option_is_named(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], said: str
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    native.is_built.cache_clear()
     code, _, stderr = command("--device", "cpu", *arguments, "--out", str(tmp_path))
     assert code == 1 and stderr.strip().startswith("error: ") and said in stderr
     assert not (tmp_path / "benchmark.json").exists()
-    native.is_built.cache_clear()
 
 
 def test_a_file_that_is_no_benchmark_is_named(command: Command, tmp_path: Path) -> None:

@@ -44,29 +44,21 @@ class DenseAttention(CastlingAttention):
         q_BNHK, k_BNHK, v_BNHK = qkv.unflatten(-1, (3, self.num_heads, self.dim // self.num_heads)).unbind(2)
         q, k, v = (x.transpose(1, 2) for x in (q_BNHK, k_BNHK, v_BNHK))
         p = torch.softmax(q.shape[-1] ** -0.5 * (q @ k.transpose(-2, -1)), dim=-1)
-        mask = p > self.absolute_threshold(p.shape[-1])
+        mask = p > self.mask_state.absolute(p.shape[-1])
         sparse = p * mask
         aux = MaskedSoftmax(sparse @ v, sparse.sum(dim=-1), mask.float().mean())
         local: Tensor = self.dconv(v_BNHK.flatten(-2), hw)
-        y_BHNK = linear_angular_attention(q, k, v, normalizer=self.normalizer, aux=aux)
+        y_BHNK = linear_angular_attention(q, k, v, normalizer=self.options.normalizer, aux=aux)
         return y_BHNK.transpose(1, 2).flatten(-2) + local
 
 
 def rebuilt(layer: CastlingAttention, attention: type[AttentionT], **changes: Any) -> AttentionT:
     """A new `attention` with the options of `layer` but for `changes`; parameters are newly initialised."""
-    conv = layer.dconv
-    on_image = conv is not None and conv.kind == "image"
     options: dict[str, Any] = {
         "qkv_bias": layer.qkv.bias is not None,
-        "mode": layer.mode,
-        "normalizer": layer.normalizer,
-        "center_keys": layer.center_keys,
-        "local_conv": None if conv is None else conv.kind,
-        "local_conv_kernel_size": conv.kernel_size[0] if conv is not None and on_image else 3,
-        "threshold": layer.threshold,
-        "threshold_unit": layer.threshold_unit,
         "num_prefix_tokens": layer.num_prefix_tokens,
         "proj_drop": layer.proj_drop.p,
+        "options": layer.options,
     }
     return attention(layer.dim, layer.num_heads, **{**options, **changes})
 

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from castling_det.analysis.benchmark.record import DTYPES, LEVELS, PASSES
-from castling_det.analysis.benchmark.variants import COMPILED, NATIVE, VARIANTS
-from castling_det.ops import native
+from castling_det.analysis.benchmark.variants import COMPILED, VARIANTS
 
 __all__ = ["DEFAULT_CONFIG_PREFIX", "DEFAULT_CONFIG_SUFFIX", "PATCH_SIZE", "BenchmarkOptions", "Case", "parse_size"]
 
@@ -72,7 +71,7 @@ class BenchmarkOptions:
     levels: tuple[str, ...] = ("core", "block")
     sizes: tuple[Size, ...] = ((16, 16), (32, 32), (64, 64))
     image_sizes: tuple[Size, ...] = ((512, 512), (1024, 1024))
-    variants: tuple[str, ...] = tuple(name for name in VARIANTS if name not in (COMPILED, NATIVE))
+    variants: tuple[str, ...] = tuple(name for name in VARIANTS if name != COMPILED)
     passes: tuple[str, ...] = PASSES
     dtypes: tuple[str, ...] = ("float32",)
     batch: int = 1
@@ -102,19 +101,6 @@ class BenchmarkOptions:
         if self.device not in ("cpu", "cuda") or (self.device == "cuda" and not torch.cuda.is_available()):
             usable = "'cpu' or 'cuda'" if torch.cuda.is_available() else "'cpu'; this torch sees no CUDA device"
             raise ValueError(f"--device {self.device}: expected {usable}")
-
-        if NATIVE in self.variants:
-            self._check_native()
-
-    def _check_native(self) -> None:
-        width = self.embed_dims // self.num_heads
-        if self.device != "cpu" or self.dtypes != ("float32",) or width % native.LANES:
-            raise ValueError(
-                f"--variants {NATIVE}: the kernel is for float32 on a CPU and heads of {native.LANES} channels or a "
-                f"multiple, got --device {self.device}, --dtypes {' '.join(self.dtypes)} and heads of {width}"
-            )
-        if not native.is_built():
-            raise ValueError(f"--variants {NATIVE}: the kernel is not built; run `castling-det build`")
 
     def _check_sizes(self) -> None:
         maps, images = bool({"core", "block"} & set(self.levels)), bool({"backbone", "detector"} & set(self.levels))

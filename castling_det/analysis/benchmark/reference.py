@@ -31,7 +31,7 @@ class ReferenceAttention(CastlingAttention):
         q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in qkv.chunk(3, dim=-1))
         if self.mode == "softmax":
             y, _ = _kept_softmax(q, k, v, _KEEP_ALL)
-        elif self.normalizer == "l2":
+        elif self.options.normalizer == "l2":
             y = self._unit_sum(q, k, v)
         else:
             y = self._average(q, k, v)
@@ -46,7 +46,7 @@ class ReferenceAttention(CastlingAttention):
     def _unit_sum(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         total = v / 2 + _unit(q) @ (_unit(k).transpose(-2, -1) @ v) / math.pi
         if self._masked:
-            total = total + _kept_softmax(q, k, v, self.absolute_threshold(v.shape[2]))[0]
+            total = total + _kept_softmax(q, k, v, self.mask_state.absolute(v.shape[2]))[0]
         return _unit(total)
 
     def _average(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ class ReferenceAttention(CastlingAttention):
         weights = tokens / 2 + _unit(q) @ khat.sum(dim=2).unsqueeze(-1) / math.pi
         if not self._masked:
             return weighted / weights
-        out, mass = _kept_softmax(q, k, v, self.absolute_threshold(tokens))
+        out, mass = _kept_softmax(q, k, v, self.mask_state.absolute(tokens))
         return (weighted / weights + out) / (1 + mass)
 
     def _local(self, v: Tensor, hw: tuple[int, int]) -> Tensor:

@@ -72,15 +72,11 @@ class Subject:
         return None
 
 
-def build_subject(
-    case: Case, name: str, variant: Variant, options: BenchmarkOptions
-) -> Subject:
+def build_subject(case: Case, name: str, variant: Variant, options: BenchmarkOptions) -> Subject:
     """The subject of a variant in a case, on the device and in the dtype of the case."""
     module = build_model(case, name, variant, options).to(options.device, case.torch_dtype)
     backward = case.passes == "forward+backward"
     module.train(backward)
-    for layer in attention_layers(module).values():
-        layer.native = variant.native
     if variant.hybrid:
         for layer in attention_layers(module).values():
             layer.train()

@@ -10,14 +10,12 @@ from castling_det.analysis.benchmark.attentions import DenseAttention, Published
 from castling_det.analysis.benchmark.record import LEVELS, PASSES
 from castling_det.layers import CastlingAttention
 
-__all__ = ["BASELINE", "COMPILED", "FLOOR", "LINEAR", "NATIVE", "VARIANTS", "Variant"]
+__all__ = ["BASELINE", "COMPILED", "FLOOR", "LINEAR", "VARIANTS", "Variant"]
 
 BASELINE = "softmax"
 LINEAR = "linear"
 FLOOR = "floor"
 COMPILED = "linear_compiled"
-NATIVE = "linear_native"
-"""Linear attention with the kernel that `castling-det build` compiles; `linear` is the plain operations."""
 
 DENSE_TOKENS = 4096
 """Longest sequence of `dense`: its N x N tensors take 400 MiB each there with six heads in float32."""
@@ -33,7 +31,6 @@ class Variant:
         hybrid: the layer is in training mode also in a forward without gradients, so that its softmax branch runs.
         masked: the mask of that branch is active: entries lie at its threshold.
         compiled: called through `torch.compile`.
-        native: its layers take the compiled kernel, which must have been built.
         levels: where it is defined. passes: likewise.
         max_tokens: longest sequence; rows of longer ones are skipped and say so.
     """
@@ -43,7 +40,6 @@ class Variant:
     hybrid: bool = False
     masked: bool = False
     compiled: bool = False
-    native: bool = False
     levels: tuple[str, ...] = LEVELS
     passes: tuple[str, ...] = PASSES
     max_tokens: int | None = None
@@ -69,5 +65,4 @@ VARIANTS: Mapping[str, Variant] = {
     "dense": Variant(_HYBRID, DenseAttention, hybrid=True, masked=True, max_tokens=DENSE_TOKENS),
     FLOOR: Variant(_LINEAR, levels=("core",), passes=("forward",)),
     COMPILED: Variant(_LINEAR, compiled=True),
-    NATIVE: Variant(_LINEAR, native=True, passes=("forward",)),
 }

@@ -12,9 +12,9 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 
 from castling_det.config import load_config, network_shape
-from castling_det.layers import HeadInputs, MaskedAttention
+from castling_det.layers import HeadInputs, MaskedAttention, attention_layers
 
-__all__ = ["Capture", "attention_layers", "capture", "load_detector", "query_at"]
+__all__ = ["Capture", "capture", "load_detector", "query_at"]
 
 _STRIDES = tuple(2**power for power in range(1, 9))
 
@@ -56,16 +56,6 @@ def load_detector(config: str | Path, checkpoint: str | Path) -> tuple[Any, nn.M
     load_exactly(model, select_weights(content, checkpoint).tensors, checkpoint)
     meta = content.get("meta")
     return loaded, model, dict(meta) if isinstance(meta, Mapping) else {}
-
-
-def attention_layers(model: nn.Module) -> dict[str, MaskedAttention]:
-    """Every attention layer of the package in a detector or backbone, in any mode, by block (`blocks.3`)."""
-    backbone: nn.Module = getattr(model, "backbone", model)
-    return {
-        name.removesuffix(".attn"): module
-        for name, module in backbone.named_modules()
-        if isinstance(module, MaskedAttention)
-    }
 
 
 def capture(

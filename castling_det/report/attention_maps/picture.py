@@ -89,13 +89,9 @@ def attention_picture(
         raise ValueError(f"head={head}: expected 0 to {num_heads - 1}, or None for the mean over the heads")
     tokens = [query_at(captured, point) for point in points]
     rows = [inputs.num_prefix_tokens + row * inputs.query_hw[1] + column for row, column in tokens]
-    limits = list(thresholds) or [layer.threshold]
-    weights = [
-        branch_weights(layer, inputs, captured.hw, queries=rows, threshold=threshold) for threshold in limits
-    ]
-    drawn = [
-        TokenRow(token, _panels(captured, weights, limits, index, head)) for index, token in enumerate(tokens)
-    ]
+    limits = list(thresholds) or [layer.mask_state.threshold]
+    weights = [branch_weights(layer, inputs, captured.hw, queries=rows, threshold=threshold) for threshold in limits]
+    drawn = [TokenRow(token, _panels(captured, weights, limits, index, head)) for index, token in enumerate(tokens)]
     return AttentionPicture(draw(captured, drawn), _caption(captured, points, tokens, weights, limits, head))
 
 
@@ -131,7 +127,7 @@ def _linear_panel(
     index: int,
     head: int | None,
 ) -> Panel:
-    if captured.layer.normalizer == "kernel":
+    if captured.layer.options.normalizer == "kernel":
         shown = on_map(weights.linear / weights.divisor.unsqueeze(-1))
         label = f"weight; 1/N = {1 / captured.inputs.k.shape[2]:.2g}"
         return Panel("linear-angular", shown, float(shown.min()), float(shown.max()), label)
@@ -150,7 +146,7 @@ def _over_heads(values_BH1N: Tensor, head: int | None) -> NDArray[np.float64]:
 
 
 def _threshold_text(captured: Capture, threshold: float) -> str:
-    return f"{threshold:.3g}/N" if captured.layer.threshold_unit == "uniform" else f"{threshold:.3g}"
+    return f"{threshold:.3g}/N" if captured.layer.mask_state.threshold_unit == "uniform" else f"{threshold:.3g}"
 
 
 def _caption(
@@ -165,8 +161,7 @@ def _caption(
     num_heads, queries, keys = inputs.q.shape[1], inputs.q.shape[2], inputs.k.shape[2]
     heads = f"mean over {num_heads} heads" if head is None else f"head {head} of {num_heads}"
     places = "; ".join(
-        f"({x:g}, {y:g}) is row {row}, column {column}"
-        for (x, y), (row, column) in zip(points, tokens, strict=True)
+        f"({x:g}, {y:g}) is row {row}, column {column}" for (x, y), (row, column) in zip(points, tokens, strict=True)
     )
     parts = [
         f"{captured.name}, mode {layer.mode!r}, {queries} queries on {inputs.query_hw[0]} x {inputs.query_hw[1]}, "
@@ -187,7 +182,7 @@ def _caption(
 
 
 def _linear_words(captured: Capture) -> str:
-    if captured.layer.normalizer == "kernel":
+    if captured.layer.options.normalizer == "kernel":
         return (
             "Linear-angular: (1/2 + cos/pi) over the row's sum, so that a row sums to 1; colours go from its smallest "
             "to its largest weight."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -75,15 +75,14 @@ def branch_weights(
         logits = logits + (bias if bias.shape[2] == 1 else bias[:, :, rows])
     unit_q, unit_k = (x / length_of(vector_norm(x)) for x in (q_BHRK, k_BHNK))
     linear = unit_q @ unit_k.transpose(-2, -1) / math.pi
-    if layer.normalizer == "l2":
+    if layer.options.normalizer == "l2":
         linear = linear + 0.5 * _own_places(layer, num_keys, hw, rows)
         divisor = _lengths(linear, v_BHNV)
     else:
         linear = linear + 0.5
         divisor = linear.sum(dim=-1)
-    unit = layer.threshold if threshold is None else threshold
-    absolute = unit / num_keys if layer.threshold_unit == "uniform" else unit
-    return BranchWeights(logits.softmax(dim=-1), linear, divisor, absolute)
+    mask = layer.mask_state if threshold is None else replace(layer.mask_state, threshold=threshold)
+    return BranchWeights(logits.softmax(dim=-1), linear, divisor, mask.absolute(num_keys))
 
 
 def layer_weights(layer: MaskedAttention, weights: BranchWeights, inputs: HeadInputs, *, aux: bool = False) -> Tensor:
@@ -99,8 +98,8 @@ def layer_weights(layer: MaskedAttention, weights: BranchWeights, inputs: HeadIn
         return weights.softmax
     if not aux:
         return weights.linear / weights.divisor.unsqueeze(-1)
-    kept = weights.kept * layer.aux_scale
-    if layer.normalizer == "l2":
+    kept = weights.kept * layer.mask_state.aux_scale
+    if layer.options.normalizer == "l2":
         total = weights.linear + kept
         return total / _lengths(total, inputs.v.detach().double()).unsqueeze(-1)
     average = weights.linear / weights.divisor.unsqueeze(-1)
