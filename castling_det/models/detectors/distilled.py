@@ -94,15 +94,13 @@ class DistilledSingleStage(SingleStageDetector):
                     "--cfg-options model.distillation.checkpoint=FILE"
                 )
             from castling_det.conversion.checkpoints import load_checkpoint
-            from castling_det.conversion.detectors import load_exactly
-            from castling_det.conversion.weights import select_weights
+            from castling_det.conversion.detectors import load_weights
 
             backbone, *others = self._teacher_args
             backbone = {**backbone, "attention": "softmax", "init_cfg": None}
             backbone.pop("eval_aux", None)
             teacher = SingleStageDetector(backbone, *copy.deepcopy(others)).eval().requires_grad_(False)
-            weights = select_weights(load_checkpoint(self._checkpoint), self._checkpoint)
-            load_exactly(teacher, weights.tensors, self._checkpoint)
+            load_weights(teacher, load_checkpoint(self._checkpoint), self._checkpoint)
             self._teacher = (teacher.to(device),)
         return self._teacher[0]
 
