@@ -7,9 +7,9 @@ import sys
 
 from mmengine.config import DictAction
 
+from castling_det.config import load_config
 from castling_det.report.complexity import detector_complexity
 from castling_det.report.complexity_text import complexity_table, write_complexity
-from castling_det.report.configs import load_config
 
 
 def main() -> int:

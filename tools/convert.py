@@ -39,12 +39,6 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="convert although the softmax branch is not known to be empty, and report the drift",
     )
     parser.add_argument(
-        "--fuse",
-        action="store_true",
-        help="fold BatchNorm and layer scale into the layers before them, and write the config that OUT then loads "
-        "into beside it (OUT with the suffix .py)",
-    )
-    parser.add_argument(
         "--probe-images",
         nargs="+",
         default=[],
@@ -57,7 +51,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         nargs=2,
         type=int,
         metavar=("H", "W"),
-        help="pixels of generated images and for the multiply-adds; default: the test pipeline's",
+        help="pixels of generated images; default: the test pipeline's",
     )
     return parser.parse_args(arguments)
 
@@ -76,13 +70,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     try:
         if args.from_softmax:
-            for option in ("allow_nonempty_mask", "fuse"):
-                if getattr(args, option):
-                    raise ValueError(f"--{option.replace('_', '-')}: has no meaning with --from-softmax; leave it out")
-            summary = start_from_softmax(args.config, args.source, args.out, **options).summary()
+            if args.allow_nonempty_mask:
+                raise ValueError("--allow-nonempty-mask: has no meaning with --from-softmax; leave it out")
+            manifest = start_from_softmax(args.config, args.source, args.out, **options)
         else:
-            choices = dict(allow_nonempty_mask=args.allow_nonempty_mask, fuse=args.fuse)
-            summary = convert(args.config, args.source, args.out, **choices, **options).summary()
+            allowed = args.allow_nonempty_mask
+            manifest = convert(args.config, args.source, args.out, allow_nonempty_mask=allowed, **options)
     except ValueError as error:
         print(f"convert: {error}", file=sys.stderr)
         return 1
@@ -90,9 +83,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Ours have their sentence in strerror, the system's the file beside it.
         print(f"convert: {error if error.filename else error.strerror}", file=sys.stderr)
         return 1
-    print(summary)
+    print(manifest.summary())
+    print(_multiply_adds(args.config, manifest.probes.shapes[0]))
     print(f"manifest: {manifest_path(args.out)}")
     return 0
+
+
+def _multiply_adds(config: str, shape: tuple[int, int]) -> str:
+    from castling_det.config import load_config
+    from castling_det.conversion.detectors import with_attention
+    from castling_det.report.complexity import detector_complexity
+
+    counts = []
+    for attention in ("linear", "softmax"):
+        try:
+            complexity = detector_complexity(with_attention(load_config(config), attention), shape)
+        except ValueError as error:
+            return f"multiply-adds are not known: {error}"
+        counts.append(f"{complexity.gmacs:.2f} G with {attention} attention")
+    return f"multiply-adds at {shape[0]} x {shape[1]}: {', '.join(counts)}"
 
 
 if __name__ == "__main__":

@@ -1,30 +1,31 @@
-"""Reading checkpoints without running anything that is in them."""
+"""Reading checkpoints without running anything that is in them, and finding the weights in them."""
 
 from __future__ import annotations
 
+import errno
 import os
-import pickle
-import re
-import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
-from castling_det.conversion.limits import check_archive, check_content
-from castling_det.conversion.numpy_pickles import NUMPY_GLOBALS
-from castling_det.conversion.weights import STATE_DICT_KEYS
+from castling_det.conversion.safe_pickle import UnsafePickle, read_torch_file
 
-__all__ = ["load_checkpoint"]
+__all__ = ["WEIGHTS", "Weights", "load_checkpoint", "select_weights"]
 
-_AGAIN = "copy or download it again"
-_ZIP_MAGIC = b"PK\x03\x04"
-_PICKLE_MAGIC = b"\x80"
-_FOREIGN_MAGICS = {
+WEIGHTS = ("auto", "ema", "online")
+
+_STATE_DICT_KEYS = ("state_dict", "model", "teacher", "model_state")
+_WANTED = f"tensors by name under one of {', '.join(map(repr, _STATE_DICT_KEYS))}, or in the file itself"
+# timm and DeiT keep the average beside the trained weights under a name of its own; MMEngine's EMAHook swaps the two
+# when it saves, so that `state_dict` is the average.
+_EMA_BESIDE = {"state_dict": "state_dict_ema", "model": "model_ema"}
+_MMENGINE_ONLINE = "ema_state_dict"
+_STARTS = {b"PK\x03\x04": None, b"\x80": None} | {
     b"\x89PNG": "a PNG image",
     b"\xff\xd8\xff": "a JPEG image",
     b"%PDF": "a PDF document",
@@ -32,57 +33,37 @@ _FOREIGN_MAGICS = {
     b"PK\x05\x06": "an empty zip archive",
     b"version https://git-lfs": "a Git LFS pointer; fetch the file itself with `git lfs pull`",
     b"<": "an HTML or XML page, such as the error page of a download",
+    b"": "another kind of file",
 }
+"""What a file is by its first bytes; None for a file of `torch.save`."""
 
 
-class _ScalarHistory:
-    """Stands for mmengine's HistoryBuffer while a checkpoint is read: neither curves nor code are needed."""
+@dataclass(frozen=True)
+class Weights:
+    """The weights that were picked from a checkpoint."""
 
-    def __setstate__(self, state: object) -> None:
-        del state
-
-
-def _statistic_name(owner: object, name: str) -> str:
-    # A HistoryBuffer is pickled with `getattr(HistoryBuffer, "mean")`; the real getattr would hand out
-    # `__globals__` as well.
-    if owner is not _ScalarHistory:
-        raise pickle.UnpicklingError("GLOBAL builtins.getattr on something that is not a HistoryBuffer")
-    return name
-
-
-def _allowed_globals() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
-    """All that an mmengine Runner checkpoint holds beyond what torch allows by itself."""
-    return [
-        (_ScalarHistory, "mmengine.logging.history_buffer.HistoryBuffer"),
-        (_statistic_name, "builtins.getattr"),
-        *NUMPY_GLOBALS,
-    ]
-
-
-@contextmanager
-def _only_allowed_globals() -> Iterator[None]:
-    # What other code in this process has allowed for its own files is not allowed for ours.
-    others = torch.serialization.get_safe_globals()
-    torch.serialization.clear_safe_globals()
-    try:
-        with torch.serialization.safe_globals(_allowed_globals()):
-            yield
-    finally:
-        torch.serialization.add_safe_globals(others)
+    tensors: dict[str, Tensor]
+    """By parameter name, as the model names them."""
+    key: str
+    """Where they were in the checkpoint; empty when the file is the state dict itself."""
+    kind: str
+    """`"ema"`, `"online"`, or `"only"` when the checkpoint has no second set."""
+    dropped: dict[str, str] = field(default_factory=dict)
+    """Entries beside the weights that belong to no parameter, with the reason."""
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads a `.pth` / `.pt` file with `weights_only=True`, or a `.safetensors` file, onto the CPU.
+    """Reads a `.pth` / `.pt` file, or a `.safetensors` file, onto the CPU. Nothing in the file is run.
 
-    Allowed beyond torch's own list: numpy numbers and arrays of numbers. mmengine's logged curves
-    (HistoryBuffer in `message_hub`) are read over and come back empty. No fallback to unsafe reading exists.
+    numpy numbers come back as Python's, numpy arrays as tensors, and mmengine's logged curves (in `message_hub`) as
+    None.
 
     Returns:
         The top-level dict as it was saved; for safetensors the tensors by name.
 
     Raises:
-        ValueError: missing, empty, truncated or damaged file; not a checkpoint; a pickle that asks for more; sizes
-            that the file's own bytes cannot hold.
+        ValueError: missing, empty, truncated or damaged file; not a checkpoint; a pickle that asks for other functions
+            than `torch.save` needs; sizes that the file's own bytes cannot hold.
         OSError: the file cannot be read.
     """
     path = Path(path)
@@ -94,81 +75,75 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         head = file.read(32)
     if not head:
         raise ValueError(f"checkpoint {path}: is empty (0 bytes); take another one")
-    try:
-        checkpoint = _read(path, head)
-    except MemoryError as error:
-        raise ValueError(f"checkpoint {path}: asks for more memory than there is; is it the right file?") from error
-    check_content(checkpoint, path)
-    return checkpoint
-
-
-def _read(path: Path, head: bytes) -> dict[str, Any]:
     if path.suffix == ".safetensors" or head[8:9] == b"{":
-        return _load_safetensors(path)
-    if head.startswith(_ZIP_MAGIC):
-        _check_archive(path)
-    elif not head.startswith(_PICKLE_MAGIC):
-        kinds = [kind for magic, kind in _FOREIGN_MAGICS.items() if head.startswith(magic)]
-        raise ValueError(
-            f"checkpoint {path}: not a checkpoint but {kinds[0] if kinds else 'some other kind of file'}; "
-            "expected a file by torch.save (.pth, .pt) or a .safetensors file"
-        )
-    checkpoint = _load_torch(path)
+        try:
+            return dict(load_file(path, device="cpu"))
+        except SafetensorError as error:
+            raise ValueError(f"checkpoint {path}: no whole safetensors file ({error}); get the file again") from error
+    if kind := next(kind for start, kind in _STARTS.items() if head.startswith(start)):
+        raise ValueError(f"checkpoint {path}: not a checkpoint but {kind}; expected a .pth, .pt or .safetensors file")
+    checkpoint = _read(path)
     if not isinstance(checkpoint, dict):
-        raise ValueError(
-            f"checkpoint {path}: holds a {type(checkpoint).__name__}; expected a dict with the weights under "
-            f"one of {', '.join(map(repr, STATE_DICT_KEYS))}, or the weights themselves by name"
-        )
+        raise ValueError(f"checkpoint {path}: holds a {type(checkpoint).__name__}; expected a dict with {_WANTED}")
     return checkpoint
 
 
-def _load_safetensors(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> Any:
     try:
-        return dict(load_file(path, device="cpu"))
-    except SafetensorError as error:
-        raise ValueError(f"checkpoint {path}: no whole safetensors file ({error}); {_AGAIN}") from error
+        return read_torch_file(path)
+    except UnsafePickle as error:
+        raise ValueError(
+            f"checkpoint {path}: its pickle asks for {error}, which is more than numbers and could run code; it was "
+            "not loaded. If you trust it, read it yourself and save its state dict alone: "
+            "torch.save({'state_dict': ...}, FILE)"
+        ) from error
+    except (Exception, MemoryError) as error:  # unknown bytes fail in any way
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # a seek to where the file says
+            raise
+        reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
+        raise ValueError(f"checkpoint {path}: truncated or damaged ({reason}); get the file again") from error
 
 
-def _check_archive(path: Path) -> None:
-    try:
-        archive = zipfile.ZipFile(path)
-    except OSError:
-        raise
-    except Exception as error:  # a damaged directory fails in many ways
-        raise ValueError(f"checkpoint {path}: truncated or damaged ({error}); {_AGAIN}") from error
-    with archive:
-        names = archive.namelist()
-        check_archive(archive, path)
-    if not any(name.endswith("/data.pkl") for name in names):
-        raise ValueError(f"checkpoint {path}: not a checkpoint but another zip archive (no data.pkl in it)")
-    if any(name.endswith("/constants.pkl") for name in names):
-        raise ValueError(f"checkpoint {path}: a TorchScript program; give the checkpoint it was made from")
+def select_weights(checkpoint: Mapping[str, Any], path: str | os.PathLike[str], weights: str = "auto") -> Weights:
+    """Finds the state dict of a Runner, timm, DeiT or DINO checkpoint, or a plain state dict.
+
+    Args:
+        checkpoint: what `load_checkpoint` gave.
+        path: its file, for messages.
+        weights: `"ema"` averaged, `"online"` as the optimizer left them, `"auto"` the average if it is there.
+
+    Raises:
+        ValueError: no state dict, or not the weights that were asked for.
+    """
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights={weights!r}: expected one of {', '.join(map(repr, WEIGHTS))}")
+    key = next((name for name in _STATE_DICT_KEYS if isinstance(checkpoint.get(name), Mapping)), "")
+    swapped = key == "state_dict" and _MMENGINE_ONLINE in checkpoint
+    ema_key = key if swapped else _EMA_BESIDE.get(key, "")
+    if ema_key not in checkpoint:
+        if weights == "ema":
+            raise ValueError(
+                f"checkpoint {path}: weights='ema', but it holds one set of weights and no average; train with "
+                "an EMAHook, or take weights='auto'"
+            )
+        return Weights(_tensors(checkpoint[key] if key else checkpoint, key, path), key, "only")
+    if weights != "online":
+        return Weights(_tensors(checkpoint[ema_key], ema_key, path), ema_key, "ema")
+    if not swapped:
+        return Weights(_tensors(checkpoint[key], key, path), key, "online")
+    entries = _tensors(checkpoint[_MMENGINE_ONLINE], _MMENGINE_ONLINE, path)
+    tensors = {name.removeprefix("module."): value for name, value in entries.items() if name.startswith("module.")}
+    others = [name for name in entries if not name.startswith("module.")]
+    dropped = {f"{_MMENGINE_ONLINE}.{name}": "counts the updates of the average" for name in others}
+    return Weights(tensors, _MMENGINE_ONLINE, "online", dropped)
 
 
-def _load_torch(path: Path) -> Any:
-    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):
-        raise ValueError(f"torch {torch.__version__} cannot read checkpoints safely; install torch >= 2.6")
-    try:
-        with _only_allowed_globals():
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(_unsafe_message(path, str(error))) from error
-    except MemoryError:
-        raise
-    except Exception as error:  # unknown bytes fail in any way; all mean the same
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise ValueError(f"checkpoint {path}: truncated or damaged ({reason}); {_AGAIN}") from error
-
-
-def _unsafe_message(path: Path, error: str) -> str:
-    found = re.search(r"GLOBAL ([\w.]+)", error)
-    if found is None:
-        return (
-            f"checkpoint {path}: not a checkpoint, or one whose pickle torch does not read safely; it was "
-            "not loaded. Expected a file by torch.save"
-        )
-    return (
-        f"checkpoint {path}: its pickle asks for {found[1]}, which is more than numbers and could run code; "
-        "it was not loaded. If you trust it, read it yourself and save its state dict alone: "
-        "torch.save({'state_dict': ...}, FILE)"
-    )
+def _tensors(entries: Any, key: str, path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    where = f"checkpoint {path}" + (f", entry {key!r}" if key else "")
+    if not isinstance(entries, Mapping) or not entries:
+        raise ValueError(f"{where}: no state dict in it; expected {_WANTED}")
+    foreign = [name for name, value in entries.items() if not (isinstance(name, str) and isinstance(value, Tensor))]
+    if foreign:
+        some = ", ".join(f"{name!r}" for name in foreign[:5])
+        raise ValueError(f"{where}: no state dict in it, since {some} holds no tensor; expected {_WANTED}")
+    return dict(entries)

@@ -1,4 +1,4 @@
-"""The hybrid detector of a config, its linear twin, and strict loading into either."""
+"""The detector of a config in any attention mode, and loading a checkpoint into it: exactly, or not at all."""
 
 from __future__ import annotations
 
@@ -15,26 +15,38 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from torch import Tensor, nn
 
-from castling_det.conversion.limits import not_finite, other_kinds
-from castling_det.layers import ATTENTION_MODES
+from castling_det.config import load_config
+from castling_det.conversion.checkpoints import Weights, select_weights
+from castling_det.engine.mask_annealing import META_KEY, attention_record
+from castling_det.layers import ATTENTION_MODES, attention_layers
 
-__all__ = ["build_detector", "load_config", "load_exactly", "trained_attention", "with_attention"]
+__all__ = [
+    "build_detector",
+    "check_attention",
+    "check_deployable",
+    "check_numbers",
+    "load_exactly",
+    "load_weights",
+    "own_meta",
+    "trained_attention",
+    "training_config",
+    "with_attention",
+]
 
 _PACKAGE = "castling_det."
 _HOOK = f"{_PACKAGE}MaskAnnealingHook"
 _DISTILLED = f"{_PACKAGE}DistilledSingleStage"
+_OF_THE_MASK = ("mode", "threshold", "threshold_unit", "eval_aux")
+"""Options that change between training and deployment."""
 
 
-def load_config(config: str | os.PathLike[str] | Config) -> Config:
-    """The config of the training, from a file or as it is.
+def training_config(config: str | os.PathLike[str] | Config) -> Config:
+    """The config of a castling training or of its deploy twin, from a file or as it is.
 
     Raises:
         ValueError: no such file, no `model`, or no backbone with castling or linear attention in it.
     """
-    if not isinstance(config, Config):
-        if not os.path.isfile(config):
-            raise ValueError(f"config {os.fspath(config)}: no such file; give the config of the training")
-        config = _read_config(config)
+    config = load_config(config)
     if "model" not in config:
         raise ValueError(f"config {config.filename}: has no `model`; give the config of the training")
     modes = {part.get("attention", "castling") for part in _attention_parts(config.model)}
@@ -49,13 +61,6 @@ def load_config(config: str | os.PathLike[str] | Config) -> Config:
             "trained with attention='castling' can be converted; give its config"
         )
     return config
-
-
-def _read_config(path: str | os.PathLike[str]) -> Config:
-    try:
-        return Config.fromfile(path)
-    except Exception as error:  # a config is a program: it fails in any way
-        raise ValueError(f"config {os.fspath(path)}: cannot be read: {error}") from error
 
 
 def with_attention(config: Config, attention: str) -> Config:
@@ -75,7 +80,7 @@ def with_attention(config: Config, attention: str) -> Config:
 
 
 def build_detector(config: Config) -> nn.Module:
-    """The detector of `config` in eval mode, its weights not initialised from anywhere."""
+    """The detector of `config` in eval mode, with random weights."""
     init_default_scope(config.get("default_scope") or "mmdet")
     try:
         # Some detectors, such as DINO, write into the config that they are built from.
@@ -87,10 +92,94 @@ def build_detector(config: Config) -> nn.Module:
     return model.eval()
 
 
+def own_meta(checkpoint: Mapping[str, Any], source: object) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The checkpoint's meta, and this package's records in it; each is empty if it is not there.
+
+    Raises:
+        ValueError: the records are no dicts.
+    """
+    meta = checkpoint.get("meta")
+    meta = meta if isinstance(meta, dict) else {}
+    own = meta.get(META_KEY) or {}
+    if not isinstance(own, dict) or not all(
+        isinstance(own.get(name) or {}, dict) for name in ("mask", "attention", "converted")
+    ):
+        raise ValueError(f"checkpoint {source}: meta[{META_KEY!r}] is no record of this package; get the file again")
+    return meta, own
+
+
 def trained_attention(meta: Mapping[str, Any]) -> set[str]:
     """The attention modes that the config text in a checkpoint's meta names; it is searched, not run."""
     modes = "|".join(ATTENTION_MODES)
     return set(re.findall(rf"""\battention=['"]({modes})['"]""", str(meta.get("cfg", ""))))
+
+
+def check_deployable(checkpoint: Mapping[str, Any], source: object) -> tuple[dict[str, Any], list[str]]:
+    """The meta of a checkpoint whose linear attention can be used alone, and notes on what it does not say.
+
+    Raises:
+        ValueError: it was trained with another attention and is not converted.
+    """
+    meta, own = own_meta(checkpoint, source)
+    modes = trained_attention(meta) | ({"castling"} if own.get("mask") else set())
+    if own.get("converted") or modes == {"linear"}:
+        return meta, []
+    if modes:
+        raise ValueError(
+            f"checkpoint {source}: was trained with attention={', '.join(sorted(modes))!r} and is not converted; "
+            "run tools/convert.py on it and take the file that it writes"
+        )
+    return meta, [
+        "the checkpoint does not say how it was trained: weights of a castling training whose mask is not empty would "
+        "compute something else here; tools/convert.py checks that"
+    ]
+
+
+def load_weights(
+    model: nn.Module, checkpoint: Mapping[str, Any], source: str | os.PathLike[str], weights: str = "auto"
+) -> tuple[Weights, list[str]]:
+    """Loads a checkpoint into the detector of a config. Every reader of detectors goes through here.
+
+    Args:
+        model: the detector.
+        checkpoint: what `load_checkpoint` gave.
+        source: its file, for messages.
+        weights: as for `select_weights`.
+
+    Returns:
+        The weights that were loaded, and notes on what could not be checked.
+
+    Raises:
+        ValueError: see `select_weights`, `check_attention` and `load_exactly`.
+    """
+    picked = select_weights(checkpoint, source, weights)
+    load_exactly(model, picked.tensors, source)
+    return picked, check_attention(model, own_meta(checkpoint, source)[1].get("attention"), source)
+
+
+def check_attention(model: nn.Module, recorded: Mapping[str, Any] | None, source: object) -> list[str]:
+    """Compares the options of the model's attention with those that a checkpoint records; parameters do not show them.
+
+    Raises:
+        ValueError: the first option that differs, with both values.
+    """
+    layers = attention_record(attention_layers(model))
+    if layers and not recorded:
+        return ["the checkpoint does not state the options of its attention: those of the config were taken"]
+    for name, options in layers.items():
+        trained = (recorded or {}).get(name)
+        if not isinstance(trained, Mapping):
+            raise ValueError(f"checkpoint {source}: states no options for the attention {name}; give its own config")
+        softmax = "softmax" in (trained.get("mode"), options["mode"])
+        free = (*_OF_THE_MASK, *(("normalizer", "center_keys") if softmax else ()))
+        for field, value in options.items():
+            if field not in free and trained.get(field, value) != value:
+                place = "model.backbone" if field == "num_heads" else "model.backbone.attn_cfg"
+                raise ValueError(
+                    f"checkpoint {source}: its attention {name} was trained with {field}={trained[field]!r}, but the "
+                    f"config has {field}={value!r}; set {place}.{field} to the trained value"
+                )
+    return []
 
 
 def load_exactly(model: nn.Module, tensors: Mapping[str, Tensor], source: str | os.PathLike[str]) -> None:
@@ -101,35 +190,63 @@ def load_exactly(model: nn.Module, tensors: Mapping[str, Tensor], source: str | 
             named.
     """
     target = model.state_dict()
-    missing = [name for name in target if name not in tensors]
-    unexpected = [name for name in tensors if name not in target]
-    shapes = [
-        f"{name} {tuple(tensors[name].shape)} for {tuple(value.shape)}"
-        for name, value in target.items()
-        if name in tensors and tensors[name].shape != value.shape
-    ]
-    faults = [
+    faults = {
+        "missing": [name for name in target if name not in tensors],
+        "unexpected": [name for name in tensors if name not in target],
+        "of another shape": [
+            f"{name} {tuple(tensors[name].shape)} for {tuple(value.shape)}"
+            for name, value in target.items()
+            if name in tensors and tensors[name].shape != value.shape
+        ],
+    }
+    if named := [
         f"{len(names)} {what}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
-        for what, names in (
-            ("missing", missing),
-            ("unexpected", unexpected),
-            ("of another shape", shapes),
-            ("of another kind of number", other_kinds(tensors, target)),
-        )
+        for what, names in faults.items()
         if names
-    ]
-    if faults:
+    ]:
         raise ValueError(
-            f"checkpoint {source}: another architecture than the config's ({'; '.join(faults)}); give the "
+            f"checkpoint {source}: another architecture than the config's ({'; '.join(named)}); give the "
             "config that it was trained with"
         )
-    if broken := not_finite(tensors, target):
+    check_numbers(tensors, target, source)
+    with torch.no_grad():
+        model.load_state_dict(dict(tensors), strict=True)
+
+
+def check_numbers(tensors: Mapping[str, Tensor], target: Mapping[str, Tensor], source: str | os.PathLike[str]) -> None:
+    """Refuses numbers that the model's tensors of the same name cannot take. float16 for float32 is fine.
+
+    Raises:
+        ValueError: another kind of number, such as integers for float32; NaN or infinity in the model's precision.
+    """
+    if kinds := [
+        f"{name} {_short(value)} for {_short(target[name])}"
+        for name, value in tensors.items()
+        if _kind(value) != _kind(target[name])
+    ]:
+        raise ValueError(
+            f"checkpoint {source}: {len(kinds)} tensors hold another kind of number than the model's, such as "
+            f"{'; '.join(kinds[:3])}; give floating-point weights"
+        )
+    if broken := [
+        name
+        for name, value in tensors.items()
+        if value.is_floating_point() and not value.to(target[name].dtype).isfinite().all()
+    ]:
         raise ValueError(
             f"checkpoint {source}: values that are not finite in {len(broken)} tensors, such as {broken[0]}; "
             "the training diverged, take an earlier checkpoint"
         )
-    with torch.no_grad():
-        model.load_state_dict(dict(tensors), strict=True)
+
+
+def _kind(tensor: Tensor) -> str:
+    if tensor.dtype == torch.bool:
+        return "bool"
+    return "float" if tensor.is_floating_point() else "complex" if tensor.is_complex() else "integer"
+
+
+def _short(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _attention_parts(part: Any) -> Iterator[Any]:

@@ -1,7 +1,8 @@
-"""Initialising a backbone from a local timm, DeiT, DINOv2, LeViT or MViTv2 checkpoint, with a report.
+"""Fills a backbone from a local timm, DeiT, DINOv2, LeViT or MViTv2 checkpoint, with a report.
 
-Total and loud: every entry of the file is loaded, or dropped with a reason, or refused; every parameter of
-the model is filled or listed as new.
+Every entry of the file is loaded, or dropped with a reason, or refused; every parameter of the model is filled or
+listed as new. Names of the models are timm's (Apache-2.0). The authors' own names are read too: facebookresearch's
+LeViT and mvit number their blocks through, and mmpretrain's MViTv2 follows the latter.
 """
 
 from __future__ import annotations
@@ -10,22 +11,26 @@ import math
 import os
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from mmengine.logging import print_log
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import Tensor, nn
 
-from castling_det.conversion import levit_keys, mvit_keys, vit_keys
-from castling_det.conversion.checkpoints import load_checkpoint
-from castling_det.conversion.limits import not_finite, other_kinds
-from castling_det.conversion.vit_keys import adopt_distillation_token, is_square, split_positions
-from castling_det.conversion.weights import select_weights
+from castling_det.conversion.checkpoints import load_checkpoint, select_weights
+from castling_det.conversion.detectors import check_numbers
+from castling_det.layers.levit_attention import resized_biases
+from castling_det.layers.relative_position import resized_table
 from castling_det.registry import WEIGHT_INITIALIZERS
 
 __all__ = ["LoadReport", "PretrainedViT", "load_pretrained"]
 
+State = dict[str, Tensor]
+
+_PREFIXES = ("module.backbone.", "backbone.", "module.", "_orig_mod.")
 _NEVER_IN_A_VIT = re.compile(r"stem\.\d|.*\.attn(_downsample)?\.dconv\.|norm\d\.")
+_NUMBERED_THROUGH = re.compile(r"blocks\.(\d+)\.(?:m\.)?(.*)")
 
 
 @dataclass(frozen=True)
@@ -36,37 +41,157 @@ class LoadReport:
     loaded: tuple[str, ...]
     """Parameters of the model that were filled."""
     resized: dict[str, str]
-    """Those of them that were resampled or combined: what was done."""
+    """How some of them were resampled or combined."""
     new: tuple[str, ...]
     """Parameters that keep their initialisation."""
     dropped: dict[str, str]
     """Entries of the file that were not used: the reason."""
-    loaded_elements: int
-    """Elements of the model's parameters that were filled."""
-    vit_elements: int
-    """Elements of those that a ViT checkpoint can hold: all but the local convolutions and a conv stem."""
-    total_elements: int
-    """Elements of all parameters of the model."""
-
-    @property
-    def fraction(self) -> float:
-        """Filled share of all parameters, by element, in [0, 1]."""
-        return self.loaded_elements / self.total_elements
-
-    @property
-    def vit_fraction(self) -> float:
-        """Filled share of the parameters that a ViT checkpoint can hold, by element, in [0, 1]."""
-        return self.loaded_elements / self.vit_elements
+    fraction: float
+    """Filled share of all parameters, by element, in [0, 1]."""
+    vit_fraction: float
+    """Filled share of the parameters that a ViT checkpoint can hold: all but local convolutions and a conv stem."""
 
     def __str__(self) -> str:
+        # One line for the same parameter of every block.
+        new = Counter(re.sub(r"\b(stages|blocks)\.\d+\.", r"\1.*.", name) for name in self.new)
         lines = [
-            f"{self.source}: {self.fraction:.1%} of {self.total_elements:,} parameters loaded "
+            f"{self.source}: {self.fraction:.1%} of the parameters loaded "
             f"({self.vit_fraction:.1%} of those that a ViT checkpoint can hold)"
         ]
-        lines += [f"  resized  {name}: {what}" for name, what in self.resized.items()]
-        lines += [f"  new      {name}" for name in _by_kind(self.new)]
+        lines += [f"  resized  {name}: {how}" for name, how in self.resized.items()]
+        lines += [f"  new      {name}" + (f" ({count})" if count > 1 else "") for name, count in new.items()]
         lines += [f"  dropped  {name}: {reason}" for name, reason in self.dropped.items()]
         return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class _Family:
+    """The checkpoints of one architecture."""
+
+    name: str
+    starts: tuple[str, ...]
+    """Names that follow the prefix in every file."""
+    block: str
+    """Pattern of a block's name."""
+    essential: str
+    """Pattern of names outside of blocks that change what the network computes."""
+    dropped: dict[str, str]
+    """Pattern of a name that the model can do without: the reason."""
+    logits: tuple[str, str]
+    """Pattern of parameters that only softmax attention has, and what they are."""
+    hint: str
+    """What to change in the config where an entry has no place."""
+    renamed: Callable[[State], State]
+    """The entries under the model's names."""
+
+    def drop_reason(self, name: str, target: State) -> str:
+        """Why the model can do without an entry that it has no parameter for; empty when it cannot."""
+        for pattern, reason in self.dropped.items():
+            if re.match(pattern, name):
+                return reason
+        block = re.match(self.block, name)
+        if block is None:
+            return "" if re.match(self.essential, name) else f"no part of the backbone of {self.name}"
+        if not any(other.startswith(block[0]) for other in target):
+            return f"the model has no {block[0].removesuffix('.')}"
+        if re.search(self.logits[0], name):
+            return f"{self.logits[1]} are N x N logits, which only attention='softmax' has"
+        return ""
+
+
+def _vit_names(source: State) -> State:
+    return {"reg_token" if name == "register_tokens" else name: value for name, value in source.items()}
+
+
+def _levit_names(source: State) -> State:
+    """The authors number attention and MLP in turn; attention with `kv` starts a stage."""
+    parts: dict[int, set[str]] = {}
+    for name in source:
+        if found := _NUMBERED_THROUGH.match(name):
+            parts.setdefault(int(found[1]), set()).add(found[2].split(".")[0])
+    places: dict[int, str] = {}
+    stage, block, owner = 0, 0, ""
+    for number in sorted(parts):
+        if "kv" in parts[number]:
+            stage, block, owner = stage + 1, 0, f"stages.{stage + 1}.downsample."
+            places[number] = f"{owner}attn_downsample."
+        elif "qkv" in parts[number]:
+            owner, block = f"stages.{stage}.blocks.{block}.", block + 1
+            places[number] = f"{owner}attn."
+        elif owner:
+            places[number] = f"{owner}mlp."
+    inner = {"proj.1.": "proj.ln.", "q.1.": "q.ln.", "0.": "ln1.", "2.": "ln2."}
+    stem = {f"patch_embed.{2 * index}.": f"stem.conv{index + 1}." for index in range(4)}
+    named = {}
+    for name, value in source.items():
+        found = _NUMBERED_THROUGH.match(name)
+        if found and int(found[1]) in places:
+            name = places[int(found[1])] + _with_start(found[2], inner)
+        named[re.sub(r"\.c\.weight$", ".linear.weight", _with_start(name, stem))] = value
+    return named
+
+
+def _mvit_names(source: State) -> State:
+    """In a net whose blocks are numbered through, the blocks that project their shortcut start a stage."""
+    projecting = [re.match(r"blocks\.(\d+)\.proj\.weight", name) for name in source]
+    starts = [0, *sorted(int(found[1]) for found in projecting if found)]
+    named = {}
+    for name, value in source.items():
+        if found := _NUMBERED_THROUGH.match(name):
+            number = int(found[1])
+            stage = sum(start <= number for start in starts) - 1
+            rest = _with_start(found[2], {"proj.": "shortcut_proj_attn."})
+            name = f"stages.{stage}.blocks.{number - starts[stage]}.{rest}"
+        named[name] = value
+    last = max((int(found[1]) for name in named if (found := re.match(r"stages\.(\d+)\.", name))), default=0)
+    own = {"patch_embed.projection.": "patch_embed.proj.", "norm.": f"norm{last}."}
+    return {_with_start(name, own): value for name, value in named.items()}
+
+
+def _with_start(name: str, starts: dict[str, str]) -> str:
+    old = next((start for start in starts if name.startswith(start)), "")
+    return starts[old] + name[len(old) :] if old else name
+
+
+_HEAD = {r"head(_dist|_drop)?\.|fc\.|fc_norm\.|pre_logits\.|classifier\.": "classification head"}
+_VIT = _Family(
+    "ViT",
+    ("blocks.",),
+    r"blocks\.\d+\.",
+    r"norm_pre\.|patch_embed\.|pos_embed",
+    _HEAD
+    | {
+        r"dist_token$": "distillation token",
+        r"mask_token$": "only for masked-image training",
+        r"decoder_|dino_head\.|ibot_head\.": "only for self-supervised training",
+        r"patch_embed\.proj\.": "the model has a convolutional stem",
+        r"(cls|reg)_token$": "the model declares no such token",
+        r"norm\.": "the model has no final norm",
+    },
+    (r"$^", ""),
+    "take a plain ViT, or give the backbone the same options; layer scale (ls1, ls2) needs init_values (1e-5)",
+    _vit_names,
+)
+_LEVIT = _Family(
+    "LeViT",
+    ("stem.conv1.", "patch_embed.0."),
+    r"stages\.\d+\.(blocks\.\d+|downsample)\.",
+    r"stem\.",
+    _HEAD | {r".*\.attention_bias_idxs$": "indices, made anew for every size of map"},
+    (r"\.attention_biases$", "position biases"),
+    "take a LeViT whose norms are not fused, and give the backbone the same arch and local_conv",
+    _levit_names,
+)
+_MVIT = _Family(
+    "MViTv2",
+    ("patch_embed.",),
+    r"stages\.\d+\.blocks\.\d+\.",
+    r"patch_embed\.|pos_embed",
+    _HEAD | {r"norm\d\.": "the model does not return this stage", r"cls_token$": "the model has no class token"},
+    (r"\.rel_pos_[hw]$", "relative positions"),
+    "take an MViTv2 without position embedding, and give the backbone the same arch, qkv_bias and local_conv",
+    _mvit_names,
+)
 
 
 def load_pretrained(
@@ -74,12 +199,12 @@ def load_pretrained(
 ) -> LoadReport:
     """Fills a `CastlingViT`, `CastlingLeViT` or `CastlingMViT` from a checkpoint file, in place.
 
-    The position embedding is interpolated to the model's grid and the patch kernel resampled to its patch
-    size. The class token takes up its own position, since the model keeps positions for patches only: the
-    same function.
+    Position embeddings and biases are interpolated to the model's grid and the patch kernel resampled to its patch
+    size. The class token takes up its own position, since the model keeps positions for patches only: the same
+    function.
 
     Args:
-        backbone: a `CastlingViT`, `CastlingLeViT` or `CastlingMViT`.
+        backbone: the model.
         path: `.pth`, `.pt` or `.safetensors` of timm, DeiT, DINOv2, LeViT, MViTv2, or of a detector with this backbone.
         min_fraction: smallest share to be loaded, in [0, 1], of the parameters that a ViT checkpoint can
             hold; the local convolutions and a convolutional stem are not counted.
@@ -91,23 +216,39 @@ def load_pretrained(
     """
     if not 0 <= min_fraction <= 1:
         raise ValueError(f"min_fraction={min_fraction}: expected a share in [0, 1], such as 0.95")
-    dropped: dict[str, str] = {}
+    tensors = select_weights(load_checkpoint(path), path, weights).tensors
+    target: State = backbone.state_dict()
+    levit = any(name.startswith("stem.conv1.") for name in target)
+    family = _LEVIT if levit else _MVIT if "stages.0.blocks.0.attn.pool_q.weight" in target else _VIT
+    own = [name for name in tensors if any(start in name for start in family.starts)]
+    prefix = next((p for p in _PREFIXES if any(name.startswith(p) for name in own)), "")
+    dropped = {name: f"not under {prefix!r}" for name in tensors if not name.startswith(prefix)}
+    source = {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
+    source = family.renamed(source)
     resized: dict[str, str] = {}
-    target = backbone.state_dict()
-    keys = next((table for table in (levit_keys, mvit_keys) if table.fits(target)), vit_keys)
-    source = keys.renamed(select_weights(load_checkpoint(path), path, weights).tensors, dropped)
-    adopt_distillation_token(source, target)
-    split_positions(source, target, resized)
+    if family is _VIT:
+        _split_positions(source, target, resized)
+    dropped |= {name: family.drop_reason(name, target) for name in source if name not in target}
+    if unknown := [name for name, reason in dropped.items() if not reason]:
+        raise ValueError(
+            f"checkpoint {path}: {len(unknown)} entries change what the network computes and have no place in the "
+            f"backbone, such as {', '.join(unknown[:3])}; {family.hint}"
+        )
     filled = {name: value for name, value in source.items() if name in target}
-    reasons = {name: keys.drop_reason(name, target) for name in source if name not in target}
-    if unknown := [name for name, reason in reasons.items() if not reason]:
-        raise ValueError(f"checkpoint {path}: {keys.unknown_message(unknown)}")
-    _resample(filled, backbone, resized)
-    for table in (levit_keys, mvit_keys):
-        table.resize_tables(filled, target, resized)
-    _check_shapes(path, filled, target)
-    _check_numbers(path, filled, target)
-    report = _report(path, backbone, filled, resized, {**dropped, **reasons})
+    for name, value in filled.items():
+        filled[name], how = _fitted(name, value, target[name], getattr(backbone, "pos_grid", None))
+        resized |= {name: how} if how else {}
+    if wrong := [
+        f"{n} {(*v.shape,)} for {(*target[n].shape,)}" for n, v in filled.items() if v.shape != target[n].shape
+    ]:
+        raise ValueError(
+            f"checkpoint {path}: {len(wrong)} shapes differ from the backbone's, such as "
+            f"{'; '.join(wrong[:3])}; give the backbone its arch or embed_dims, mlp_ratio and in_channels"
+        )
+    check_numbers(filled, target, path)
+    new = tuple(name for name in target if name not in filled)
+    shares = _shares({name: parameter.numel() for name, parameter in backbone.named_parameters()}, filled)
+    report = LoadReport(os.fspath(path), tuple(filled), resized, new, dropped, *shares)
     if report.vit_fraction < min_fraction:
         raise ValueError(
             f"checkpoint {path}: only {report.vit_fraction:.1%} of the backbone's ViT parameters are in it, "
@@ -117,92 +258,82 @@ def load_pretrained(
     return report
 
 
+def _split_positions(source: State, target: State, resized: dict[str, str]) -> None:
+    """Leaves only patches in `source["pos_embed"]`; the positions of prefix tokens are added to the tokens."""
+    register = target.get("reg_token")
+    if register is not None and "dist_token" in source and register.shape == source["dist_token"].shape:
+        # DeiT's second prefix token is the register of a model that declares one: the same function.
+        source.setdefault("reg_token", source.pop("dist_token"))
+    if "pos_embed" not in source or "pos_embed" not in target:
+        return
+    tokens = [name for name in ("cls_token", "dist_token", "reg_token") if name in source]
+    positions, own = source["pos_embed"], target["pos_embed"].shape[1]
+    # All prefix tokens have a position, the class token alone (DINOv2), or none (timm's no_embed_class).
+    layouts = {sum(source[name].shape[1] for name in owners): owners for owners in (tokens, tokens[:1], [])}
+    patches = {positions.shape[1] - count: count for count in layouts}
+    fitting = [number for number in patches if _is_square(number)] or [number for number in patches if number == own]
+    if not fitting:
+        raise ValueError(
+            f"pos_embed of {positions.shape[1]} positions: expected a square grid of patches, with or "
+            f"without the tokens {tokens}; resample it to a square grid first"
+        )
+    start = count = patches[fitting[0]]
+    source["pos_embed"] = positions[:, count:]
+    for name in reversed(layouts[count]):
+        stop, start = start, start - source[name].shape[1]
+        source[name] = source[name] + positions[:, start:stop]
+        if name in target:
+            resized[name] = "its position added, since pos_embed is kept for patches only"
+
+
+def _fitted(name: str, value: Tensor, own: Tensor, grid: tuple[int, int] | None) -> tuple[Tensor, str]:
+    """`value` resampled to the shape of the model's parameter, and how; as it is where nothing is known to do."""
+    if name == "pos_embed" and grid is not None:
+        side = math.isqrt(value.shape[1])
+        old = (side, side) if _is_square(value.shape[1]) else grid
+        if old != grid:
+            resampled = resample_abs_pos_embed(value, list(grid), list(old), num_prefix_tokens=0)
+            return resampled, f"{side} x {side} to {grid[0]} x {grid[1]} positions, bicubic"
+    elif name == "patch_embed.proj.weight" and value.ndim == own.ndim == 4 and value.shape[2:] != own.shape[2:]:
+        (old_h, old_w), (new_h, new_w) = value.shape[2:], own.shape[2:]
+        how = f"{old_h} x {old_w} to {new_h} x {new_w} pixels, inverse of the image's resize"
+        return resample_patch_embed(value, [new_h, new_w]), how
+    elif re.search(r"\.rel_pos_[hw]$", name) and value.ndim == 2 and len(value) != len(own):
+        return resized_table(value, len(own)), f"{len(value)} to {len(own)} distances, linear"
+    elif name.endswith(".attention_biases") and value.ndim == 2 and value.shape[1] != own.shape[1]:
+        old_side, new_side = math.isqrt(value.shape[1]), math.isqrt(own.shape[1])
+        if old_side**2 == value.shape[1]:
+            how = f"{old_side} x {old_side} to {new_side} x {new_side} distances, bilinear"
+            return resized_biases(value, (new_side, new_side)), how
+    elif value.shape[2:] == (1, 1) and own.ndim == 2:
+        return value.flatten(1), "a 1x1 convolution, as a linear layer"
+    return value, ""
+
+
+def _is_square(count: int) -> bool:
+    return count > 0 and math.isqrt(count) ** 2 == count
+
+
+def _shares(elements: dict[str, int], filled: State) -> tuple[float, float]:
+    """Filled share of all parameters, and of those that a ViT checkpoint can hold, by element."""
+    count = sum(number for name, number in elements.items() if name in filled)
+    in_vits = sum(n for name, n in elements.items() if name in filled or not _NEVER_IN_A_VIT.match(name))
+    return count / sum(elements.values()), count / in_vits
+
+
 @WEIGHT_INITIALIZERS.register_module(name="Pretrained")
 class PretrainedViT:
     """`init_cfg=dict(type="castling_det.Pretrained", checkpoint=FILE)`: `load_pretrained` before training.
 
     Args:
         checkpoint: local file.
-        min_fraction: as in `load_pretrained`.
-        weights: as in `load_pretrained`.
+        min_fraction, weights: as in `load_pretrained`.
     """
 
     def __init__(self, checkpoint: str, *, min_fraction: float = 0.95, weights: str = "auto") -> None:
         self.checkpoint = checkpoint
-        self.min_fraction = min_fraction
-        self.weights = weights
+        self.options = {"min_fraction": min_fraction, "weights": weights}
 
     def __call__(self, module: nn.Module) -> None:
         """Fills `module` and logs the report."""
-        report = load_pretrained(module, self.checkpoint, min_fraction=self.min_fraction, weights=self.weights)
-        print_log(str(report), logger="current")
-
-
-def _resample(filled: dict[str, Tensor], backbone: nn.Module, resized: dict[str, str]) -> None:
-    if "pos_embed" in filled:
-        # torch types every attribute of a module as Tensor | Module.
-        grid: list[int] = list(backbone.pos_grid)  # type: ignore[arg-type]
-        count = filled["pos_embed"].shape[1]
-        old = [math.isqrt(count)] * 2 if is_square(count) else grid
-        if old != grid:
-            filled["pos_embed"] = resample_abs_pos_embed(filled["pos_embed"], grid, old, num_prefix_tokens=0)
-            resized["pos_embed"] = f"{old[0]} x {old[1]} to {grid[0]} x {grid[1]} positions, bicubic"
-    name = "patch_embed.proj.weight"
-    if name in filled and filled[name].ndim == 4:
-        old, new = list(filled[name].shape[-2:]), list(backbone.get_parameter(name).shape[-2:])
-        if old != new:
-            filled[name] = resample_patch_embed(filled[name], new)
-            resized[name] = f"{old[0]} x {old[1]} to {new[0]} x {new[1]} pixels, inverse of the image's resize"
-
-
-def _check_shapes(path: str | os.PathLike[str], filled: dict[str, Tensor], target: dict[str, Tensor]) -> None:
-    wrong = [
-        f"{name} {tuple(value.shape)} for {tuple(target[name].shape)}"
-        for name, value in filled.items()
-        if value.shape != target[name].shape
-    ]
-    if wrong:
-        raise ValueError(
-            f"checkpoint {path}: {len(wrong)} shapes differ from the backbone's, such as "
-            f"{'; '.join(wrong[:3])}; give the backbone its arch or embed_dims, mlp_ratio and in_channels"
-        )
-
-
-def _check_numbers(path: str | os.PathLike[str], filled: dict[str, Tensor], target: dict[str, Tensor]) -> None:
-    if kinds := other_kinds(filled, target):
-        raise ValueError(
-            f"checkpoint {path}: {len(kinds)} tensors hold another kind of number than the backbone's, such as "
-            f"{'; '.join(kinds[:3])}; give floating-point weights"
-        )
-    if broken := not_finite(filled, target):
-        raise ValueError(
-            f"checkpoint {path}: values that are not finite in {len(broken)} tensors, such as {broken[0]}; "
-            "take another file"
-        )
-
-
-def _report(
-    path: str | os.PathLike[str],
-    backbone: nn.Module,
-    filled: dict[str, Tensor],
-    resized: dict[str, str],
-    dropped: dict[str, str],
-) -> LoadReport:
-    elements = {name: parameter.numel() for name, parameter in backbone.named_parameters()}
-    in_vits = [name for name in elements if name in filled or not _NEVER_IN_A_VIT.match(name)]
-    return LoadReport(
-        source=os.fspath(path),
-        loaded=tuple(filled),
-        resized=resized,
-        new=tuple(name for name in backbone.state_dict() if name not in filled),
-        dropped=dropped,
-        loaded_elements=sum(count for name, count in elements.items() if name in filled),
-        vit_elements=sum(elements[name] for name in in_vits),
-        total_elements=sum(elements.values()),
-    )
-
-
-def _by_kind(names: tuple[str, ...]) -> list[str]:
-    """One line for the same parameter of every block."""
-    counts = Counter(re.sub(r"\b(stages|blocks)\.\d+\.", r"\1.*.", name) for name in names)
-    return [name if count == 1 else f"{name} ({count})" for name, count in counts.items()]
+        print_log(str(load_pretrained(module, self.checkpoint, **self.options)), logger="current")  # type: ignore[arg-type]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from castling_det.layers import MaskedAttention, MaskState, attention_layers
 from castling_det.registry import HOOKS
 
-__all__ = ["META_KEY", "SCHEDULES", "MaskAnnealingHook", "mask_state"]
+__all__ = ["META_KEY", "SCHEDULES", "MaskAnnealingHook", "attention_record", "mask_state"]
 
 META_KEY = "castling_det"
 """Key in a checkpoint's meta under which this package writes its records."""
@@ -204,8 +204,10 @@ class MaskAnnealingHook(Hook):
         runner.visualizer.add_scalars(scalars, step=runner.iter + 1)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
-        """Writes the state of the mask into the checkpoint's meta."""
-        checkpoint["meta"].setdefault(META_KEY, {})["mask"] = {
+        """Writes the state of the mask and the options of the attention into the checkpoint's meta."""
+        own = checkpoint["meta"].setdefault(META_KEY, {})
+        own["attention"] = attention_record(self._layers)
+        own["mask"] = {
             **dataclasses.asdict(self._state),
             "schedule": self.schedule,
             "iteration": checkpoint["meta"].get("iter", runner.iter),
@@ -254,3 +256,8 @@ class MaskAnnealingHook(Hook):
                 "(height / stride) * (width / stride)"
             )
         return self.end
+
+
+def attention_record(layers: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Options and heads of attention layers, by name, as a checkpoint's meta keeps them."""
+    return {name: {**dataclasses.asdict(layer.options), "num_heads": layer.num_heads} for name, layer in layers.items()}

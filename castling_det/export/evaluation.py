@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from castling_det.config import load_config
 from castling_det.files import write_text
 from castling_det.report.codec import read_document, write_document
-from castling_det.report.configs import load_config
 from castling_det.report.evaluation import evaluate_boxes
 from castling_det.report.machine import this_machine
 from castling_det.report.markdown_table import markdown_table

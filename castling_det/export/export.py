@@ -15,15 +15,13 @@ from torch import nn
 
 from castling_det import __version__
 from castling_det.conversion.checkpoints import load_checkpoint
-from castling_det.conversion.deploy_file import META_KEY
 from castling_det.conversion.detectors import (
     build_detector,
-    load_config,
-    load_exactly,
-    trained_attention,
+    check_deployable,
+    load_weights,
+    training_config,
     with_attention,
 )
-from castling_det.conversion.weights import select_weights
 from castling_det.export.attention_check import SoftmaxUse, check_linear_only
 from castling_det.export.inputs import image_pipeline
 from castling_det.export.metadata import FileMetadata
@@ -58,6 +56,8 @@ class Source:
     detector: nn.Module
     sha256: str
     classes: tuple[str, ...]
+    notes: tuple[str, ...]
+    """What could not be checked."""
 
 
 @dataclass(frozen=True)
@@ -103,22 +103,13 @@ def load_source(config: str | os.PathLike[str] | Config, checkpoint: str | os.Pa
     Raises:
         ValueError: unusable config or checkpoint, or one whose softmax branch is not known to be gone.
     """
-    linear = with_attention(load_config(config), "linear")
+    linear = with_attention(training_config(config), "linear")
     loaded = load_checkpoint(checkpoint)
-    meta = loaded.get("meta")
-    meta = meta if isinstance(meta, dict) else {}
-    converted = (meta.get(META_KEY) or {}).get("converted")
-    modes = trained_attention(meta)
-    if not converted and modes and modes != {"linear"}:
-        raise ValueError(
-            f"checkpoint {checkpoint}: was trained with attention={', '.join(sorted(modes))!r} and is not converted; "
-            "run tools/convert.py on it and export what that writes"
-        )
-    picked = select_weights(loaded, checkpoint)
+    meta, unproven = check_deployable(loaded, checkpoint)
     detector = build_detector(linear)
-    load_exactly(detector, picked.tensors, checkpoint)
+    _, unknown = load_weights(detector, loaded, checkpoint)
     classes = (meta.get("dataset_meta") or {}).get("classes") or _classes(linear)
-    return Source(linear, detector, sha256_of(checkpoint), tuple(map(str, classes)))
+    return Source(linear, detector, sha256_of(checkpoint), tuple(map(str, classes)), (*unproven, *unknown))
 
 
 def example_shape(network: DeployedDetector) -> tuple[int, int, int]:
@@ -235,7 +226,7 @@ def describe(
         source_sha256=source.sha256,
         config=Path(source.config.filename or "").name,
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        notes=network.notes,
+        notes=(*network.notes, *source.notes),
     )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from castling_det.analysis.benchmark import Timing, machine_line
 from castling_det.analysis.benchmark.measure import call_seconds, settle_allocator, timing_of
+from castling_det.config import load_config
 from castling_det.conversion.detectors import build_detector, with_attention
 from castling_det.export.export import example_shape
 from castling_det.export.network import DeployedDetector
@@ -21,7 +22,6 @@ from castling_det.export.onnx_file import onnx_model, onnx_runner, with_outputs
 from castling_det.export.program import example_images, export_program
 from castling_det.files import write_text
 from castling_det.report.codec import read_document, write_document
-from castling_det.report.configs import load_config
 from castling_det.report.machine import this_machine
 from castling_det.report.markdown_table import markdown_table
 from castling_det.report.record import Machine

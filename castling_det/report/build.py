@@ -7,10 +7,10 @@ from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 
+from castling_det.config import network_shape
 from castling_det.report.codec import from_jsonable
 from castling_det.report.compare import Annotations, compare
 from castling_det.report.complexity import Complexity
-from castling_det.report.configs import network_shape
 from castling_det.report.differences import differences
 from castling_det.report.gallery import Row, gallery
 from castling_det.report.machine import this_machine

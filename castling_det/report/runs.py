@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from castling_det.config import attention_of, checkpoint_of, load_config, seed_of
 from castling_det.files import sha256_of
 from castling_det.report.compare import Annotations
 from castling_det.report.complexity import Complexity, detector_complexity
-from castling_det.report.configs import attention_of, checkpoint_of, load_config, seed_of
 from castling_det.report.evaluation import evaluate_boxes
 from castling_det.report.record import Latency, RunRecord
 from castling_det.report.scalars import read_training_log

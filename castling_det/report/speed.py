@@ -9,7 +9,7 @@ from typing import Any
 from castling_det.analysis.benchmark import BenchmarkReport, BenchmarkRow, read_benchmark
 from castling_det.analysis.benchmark.ratios import crossover, fault_of
 from castling_det.analysis.benchmark.variants import BASELINE, LINEAR
-from castling_det.report.configs import attention_of, load_config
+from castling_det.config import attention_of, load_config
 from castling_det.report.record import Latency, Speed, SpeedPoint
 
 __all__ = ["Benchmarks"]

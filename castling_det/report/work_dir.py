@@ -8,7 +8,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from castling_det.report.configs import load_config
+from castling_det.config import load_config
 from castling_det.report.scalars import coco_metrics
 
 __all__ = [

@@ -15,9 +15,9 @@ from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.structures import InstanceData
 
-from castling_det.conversion import load_checkpoint, select_weights
-from castling_det.conversion.detectors import build_detector, load_exactly, with_attention
-from castling_det.report.configs import load_config
+from castling_det.config import load_config
+from castling_det.conversion import load_checkpoint
+from castling_det.conversion.detectors import build_detector, load_weights, with_attention
 from castling_det.runtime.detections import Detections, Image
 
 __all__ = ["TorchDetector"]
@@ -43,9 +43,8 @@ class TorchDetector:
     ) -> None:
         self.config = load_config(config)
         content = load_checkpoint(checkpoint)
-        weights = select_weights(content, checkpoint)
         model = build_detector(_without_initial_weights(self.config))
-        load_exactly(model, weights.tensors, checkpoint)
+        load_weights(model, content, checkpoint)
         try:
             self.model: Any = model.to(device)
         except (RuntimeError, AssertionError) as error:

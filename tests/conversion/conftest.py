@@ -10,9 +10,9 @@ import torch
 from mmengine.config import Config
 from PIL import Image
 
-from castling_det.conversion import linearize
 from castling_det.conversion.detectors import build_detector
-from castling_det.conversion.manifest import Macs
+from castling_det.engine.mask_annealing import attention_record
+from castling_det.layers import attention_layers
 
 NOT_EMPTY = dict(schedule="geometric", threshold=0.0, threshold_unit="absolute", aux_scale=1.0, empty=False)
 EMPTY = dict(NOT_EMPTY, threshold=float("inf"), empty=True)
@@ -100,6 +100,11 @@ def tiny_config_file(tiny_config, tmp_path):
     return path
 
 
+def set_options(config, **options):
+    """Gives the backbone of a config these options of the attention."""
+    config.model.backbone.update(options)
+
+
 def randomised_state(model, seed=0):
     """Every parameter and statistic random, so that nothing dropped can hide behind a zero or a one."""
     generator = torch.Generator().manual_seed(seed)
@@ -113,10 +118,11 @@ def randomised_state(model, seed=0):
 
 @pytest.fixture(scope="session")
 def trained():
-    """Config text, averaged and online weights of the tiny detector; not to be changed."""
+    """Config text, record of the attention, averaged and online weights of the tiny detector; not to be changed."""
     config = Config(copy.deepcopy(_TINY))
     model = build_detector(config)
-    return config.pretty_text, randomised_state(model, seed=1), randomised_state(model, seed=2)
+    attention = attention_record(attention_layers(model))
+    return config.pretty_text, attention, randomised_state(model, seed=1), randomised_state(model, seed=2)
 
 
 @pytest.fixture
@@ -124,7 +130,7 @@ def runner_checkpoint(trained, tmp_path):
     """Writes what a Runner saves: `save(mask, ema=False)` gives the path and the content."""
 
     def save(mask=EMPTY, ema=False):
-        text, averaged, online = copy.deepcopy(trained)
+        text, attention, averaged, online = copy.deepcopy(trained)
         checkpoint = {
             "meta": {
                 "cfg": text,
@@ -137,7 +143,7 @@ def runner_checkpoint(trained, tmp_path):
             "param_schedulers": [{"last_step": 10}],
         }
         if mask is not None:
-            checkpoint["meta"]["castling_det"] = {"mask": mask}
+            checkpoint["meta"]["castling_det"] = {"mask": mask, "attention": attention}
         if ema:
             checkpoint["ema_state_dict"] = {"steps": torch.tensor(10)} | {
                 f"module.{key}": value for key, value in online.items()
@@ -147,17 +153,6 @@ def runner_checkpoint(trained, tmp_path):
         return path, checkpoint
 
     return save
-
-
-@pytest.fixture
-def real_macs():
-    """Asked for by the test that looks at the multiply-adds; the others need not build two more detectors."""
-
-
-@pytest.fixture
-def quick_macs(request, monkeypatch):
-    if "real_macs" not in request.fixturenames:
-        monkeypatch.setattr(linearize, "macs_before_and_after", lambda _, shape: Macs(shape, before=2, after=1))
 
 
 @pytest.fixture

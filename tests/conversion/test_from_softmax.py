@@ -9,15 +9,15 @@ import torch
 
 from castling_det.conversion import convert, load_checkpoint, start_from_softmax
 from castling_det.conversion.detectors import build_detector, load_exactly, with_attention
-from castling_det.conversion.from_softmax import _set_first_mask
-from tests.conversion.conftest import FAST, randomised_state
+from castling_det.conversion.from_softmax import set_first_mask
+from tests.conversion.conftest import FAST, randomised_state, set_options
 
 HOOK = dict(type="castling_det.MaskAnnealingHook", schedule="constant", share=0.99)
 
 
 @pytest.fixture
 def training(tiny_config):
-    tiny_config.model.backbone.attn_cfg = dict(normalizer="kernel", threshold=0.0)
+    set_options(tiny_config, normalizer="kernel", threshold=0.0)
     tiny_config.custom_hooks = [dict(type="castling_det.ClassCountHook"), dict(HOOK)]
     return tiny_config
 
@@ -45,13 +45,14 @@ def test_the_start_is_the_softmax_detector(training, softmax_checkpoint, tmp_pat
     source, state = softmax_checkpoint
     training.custom_hooks[-1]["share"] = 1 - 1e-6
     record = start_from_softmax(training, source, tmp_path / "start.pth", **FAST)
+    assert "options of its attention" in record.notes[0] and len(record.notes) == 1
     saved = load_checkpoint(tmp_path / "start.pth")
     assert saved["state_dict"].keys() == state.keys()
     assert all(torch.equal(saved["state_dict"][name], value) for name, value in state.items())
     castling, softmax, linear = (build_detector(with_attention(training, m)) for m in ("castling", "softmax", "linear"))
     for model in (castling, softmax, linear):
         load_exactly(model, saved["state_dict"], "start")
-    _set_first_mask(castling, training)
+    set_first_mask(castling, training)
     image = torch.randn(2, 3, 40, 72, generator=torch.Generator().manual_seed(0))
     expected = features(softmax, image)
     for actual, wanted in zip(features(castling, image), expected, strict=True):
@@ -66,14 +67,14 @@ def test_the_record_says_what_was_done(training, softmax_checkpoint, tmp_path):
     source, _ = softmax_checkpoint
     record = start_from_softmax(training, source, tmp_path / "start.pth", command="start it", **FAST)
     written = json.loads((tmp_path / "start.json").read_text())
-    assert written["command"] == "start it" and written["threshold"] == 0.0
-    assert written["aux_scale"] == pytest.approx(99.0) and written["weights"]["dropped"].keys() == {"optimizer"}
-    assert record.notes == () and record.relative_drift < 0.05
+    assert written["command"] == "start it" and written["mask"]["threshold"] == 0.0
+    assert written["mask"]["aux_scale"] == pytest.approx(99.0) and written["weights"]["dropped"].keys() == {"optimizer"}
+    assert len(record.notes) == 1 and record.relative_drift < 0.05
     meta = load_checkpoint(tmp_path / "start.pth")["meta"]
     assert meta["castling_det"]["from_softmax"]["source_sha256"] == record.source.sha256
     assert "attention='castling'" in meta["cfg"] and "converted" not in meta["castling_det"]
     summary = record.summary()
-    assert "threshold 0, factor 99" in summary and "RMS at the start" in summary
+    assert "threshold 0 absolute, factor 99" in summary and "RMS with linear attention alone" in summary
 
 
 @pytest.mark.parametrize(
@@ -82,20 +83,20 @@ def test_the_record_says_what_was_done(training, softmax_checkpoint, tmp_path):
     ids=["l2", "threshold", "share"],
 )
 def test_a_start_that_is_not_close_is_said(training, softmax_checkpoint, tmp_path, backbone, hook):
-    training.model.backbone.attn_cfg.update(backbone)
+    set_options(training, **backbone)
     training.custom_hooks[-1].update(hook)
     record = start_from_softmax(training, softmax_checkpoint[0], tmp_path / "start.pth", **FAST)
     if record.relative_drift > 0.05:
-        assert "away from the softmax detector; closest is normalizer='kernel'" in record.notes[0]
+        assert "away from the softmax detector; closest is normalizer='kernel'" in record.notes[1]
     else:
-        assert record.notes == ()
+        assert len(record.notes) == 1
     closest = start_from_softmax(_closest(training), softmax_checkpoint[0], tmp_path / "closest.pth", **FAST)
     assert closest.relative_drift < record.relative_drift
 
 
 def _closest(training):
     config = training.copy()
-    config.model.backbone.attn_cfg = dict(normalizer="kernel", threshold=0.0)
+    set_options(config, normalizer="kernel", threshold=0.0)
     config.custom_hooks = [dict(HOOK)]
     return config
 
@@ -129,11 +130,7 @@ def test_a_teacher_is_left_behind(training):
     assert training.model.type == "castling_det.DistilledSingleStage", "the config given is not changed"
 
 
-def test_a_distilled_training_is_converted(training, softmax_checkpoint, tmp_path, monkeypatch):
-    from castling_det.conversion import linearize
-    from castling_det.conversion.manifest import Macs
-
-    monkeypatch.setattr(linearize, "macs_before_and_after", lambda _, shape: Macs(shape, before=2, after=1))
+def test_a_distilled_training_is_converted(training, softmax_checkpoint, tmp_path):
     _, state = softmax_checkpoint
     training.model.update(type="castling_det.DistilledSingleStage", distillation=dict(checkpoint="teacher.pth"))
     mask = dict(threshold=float("inf"), threshold_unit="absolute", aux_scale=0.0)

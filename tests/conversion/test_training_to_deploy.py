@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 from castling_det.conversion import load_checkpoint
 from castling_det.conversion.detectors import build_detector, with_attention
 from castling_det.layers import MaskState
+from tests.conversion.conftest import set_options
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert.py"
 PROBE = ("--shape", "64", "64", "--num-probes", "1")
@@ -57,7 +58,8 @@ def tool():
 @pytest.fixture
 def trained_folder(tiny_config, tmp_path):
     """A work dir with checkpoints at iterations 2 (mask open) and 6 (mask empty), and the config."""
-    tiny_config.model.backbone.update(attn_cfg=dict(threshold=0.001), init_cfg=None)
+    set_options(tiny_config, threshold=0.001)
+    tiny_config.model.backbone.init_cfg = None
     tiny_config.custom_hooks = [
         dict(type="EMAHook", momentum=0.5),
         dict(type="castling_det.MaskAnnealingHook", empty_from=0.6, interval=1),
@@ -101,6 +103,7 @@ def test_a_training_run_converts_exactly_once_its_mask_is_empty(tool, trained_fo
     record = json.loads(out.with_suffix(".json").read_text())
     assert record["mask"]["origin"] == "checkpoint" and record["max_abs_drift"] == 0.0
     assert record["weights"]["kind"] == "ema" and record["command"].startswith("tools/convert.py ")
+    assert record["notes"] == [], "the hook has recorded mask and options"
 
     checkpoint = load_checkpoint(work / "iter_6.pth")
     hybrid = build_detector(with_attention(Config.fromfile(config), "castling"))

@@ -20,9 +20,8 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
-from castling_det.conversion.manifest import FeatureDrift, LayerMask, MaskRecord, ProbeRecord
-from castling_det.conversion.mask_proof import nonempty_message
-from castling_det.conversion.probes import Measurement
+from castling_det.conversion.manifest import Drift, LayerMask, MaskRecord, ProbeRecord
+from castling_det.conversion.mask_proof import Measurement, unproven
 from castling_det.ops import linear_angular_attention
 
 ROOT = Path(__file__).parents[2]
@@ -78,8 +77,8 @@ def test_levit_at_another_size():
 def test_mask_is_not_empty():
     mask = MaskRecord(2.0, "uniform", 1.0, "checkpoint", None, {"blocks.0": LayerMask(0.1, 0.2, 64)})
     probes = ProbeRecord("generated", ("generated 0",), ((64, 64),), 0)
-    measured = Measurement(probes, mask.layers, {"backbone.0": FeatureDrift(8, 0.5, 0.1)})
-    quoted("The checkpoint's mask is not empty", nonempty_message(mask, measured))
+    measured = Measurement(probes, mask.layers, {"backbone.0": Drift(8, 0.5, 0.1)})
+    quoted("The checkpoint's mask is not empty", unproven(mask, measured))
 
 
 class _Attention(nn.Module):

@@ -15,11 +15,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
+from castling_det.config import load_config
 from castling_det.layers import CastlingAttention
 from castling_det.report.closed_forms import _CLOSED_FORMS, register_closed_form
 from castling_det.report.complexity import ModuleMacs, count_macs, detector_complexity
 from castling_det.report.complexity_text import complexity_table, read_complexity, write_complexity
-from castling_det.report.configs import load_config
 
 
 def _total(modules: tuple[ModuleMacs, ...]) -> int:

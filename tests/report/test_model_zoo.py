@@ -17,8 +17,8 @@ from castling_det.analysis.model_zoo import (
     zoo_markdown,
     zoo_models,
 )
+from castling_det.config import load_config
 from castling_det.report.complexity import detector_complexity
-from castling_det.report.configs import load_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 NAME = "gfl_castling-vit-nano"
@@ -69,7 +69,5 @@ def test_peers_have_a_source():
 
 def test_the_committed_zoo_counts_every_model():
     zoo = read_zoo(CONFIGS.parent / "results" / "model_zoo.json")
-    assert {model.name for model in zoo.models} == {
-        path.stem.partition("_softmax_")[0] for path in zoo_models(CONFIGS)
-    }
+    assert {model.name for model in zoo.models} == {path.stem.partition("_softmax_")[0] for path in zoo_models(CONFIGS)}
     assert not [model.name for model in zoo.models if model.gmacs_softmax is None or model.reason is not None]

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from castling_det.config import load_config
 from castling_det.report import Annotations, RunSpec, build_report, build_run, markdown
 from castling_det.report.bootstrap import Matches, draw_images
-from castling_det.report.configs import load_config
 from castling_det.report.record import Report
 from castling_det.report.speed import Benchmarks
 from tests.report.conftest import Demo

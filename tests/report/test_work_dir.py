@@ -14,7 +14,7 @@ from mmengine.model import BaseModel
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from castling_det.report.configs import attention_of, checkpoint_of, network_shape, seed_of
+from castling_det.config import attention_of, checkpoint_of, network_shape, seed_of
 from castling_det.report.scalars import coco_metrics, read_training_log
 from castling_det.report.work_dir import (
     find_checkpoint,

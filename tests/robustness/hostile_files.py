@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Calls", "overlapping_zip", "rezipped", "safetensors_bytes", "saved", "with_pickle"]
+__all__ = ["Calls", "overlapping_zip", "rezipped", "safetensors_bytes", "saved", "second_directory", "with_pickle"]
 
 
 class Calls:
@@ -77,3 +77,12 @@ def overlapping_zip(path: Path, times: int) -> None:
     count = min(entries + times, 0xFFFF)
     tail = struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, count, count, size + len(more), start, 0)
     path.write_bytes(content[:start] + directory + more + tail)
+
+
+def second_directory(checkpoint: bytes, size: int = 10**9) -> bytes:
+    """The archive with a zip64 directory behind its own, of `size` bytes by its own words."""
+    end = checkpoint.rindex(b"PK\x05\x06")
+    record = struct.pack("<4sQ2H2L4Q", b"PK\x06\x06", 44, 45, 45, 0, 0, 1, 1, size, 0)
+    locator = struct.pack("<4sLQL", b"PK\x06\x07", 0, end, 1)
+    tail = struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, 0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0)
+    return checkpoint[:end] + record + locator + tail

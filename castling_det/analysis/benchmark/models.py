@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from castling_det.analysis.benchmark.attentions import rebuilt, replace_attention
 from castling_det.analysis.benchmark.options import PATCH_SIZE, BenchmarkOptions, Case
 from castling_det.analysis.benchmark.variants import FLOOR, VARIANTS, Variant
+from castling_det.config import load_config
 from castling_det.layers import CastlingAttention, CastlingBlock, LocalConv
-from castling_det.report.configs import load_config
 
 __all__ = ["Core", "Floor", "build_model", "detector_stride", "input_shape", "tokens_of"]
 

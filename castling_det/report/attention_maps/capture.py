@@ -11,8 +11,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 
+from castling_det.config import load_config, network_shape
 from castling_det.layers import HeadInputs, MaskedAttention, attention_layers
-from castling_det.report.configs import load_config, network_shape
 
 __all__ = ["Capture", "capture", "load_detector", "query_at"]
 
@@ -47,13 +47,12 @@ def load_detector(config: str | Path, checkpoint: str | Path) -> tuple[Any, nn.M
         ValueError: config or checkpoint that cannot be read, or that do not belong together.
     """
     from castling_det.conversion import load_checkpoint
-    from castling_det.conversion.detectors import build_detector, load_exactly
-    from castling_det.conversion.weights import select_weights
+    from castling_det.conversion.detectors import build_detector, load_weights
 
     loaded = load_config(config)
     model = build_detector(loaded)
     content = load_checkpoint(checkpoint)
-    load_exactly(model, select_weights(content, checkpoint).tensors, checkpoint)
+    load_weights(model, content, checkpoint)
     meta = content.get("meta")
     return loaded, model, dict(meta) if isinstance(meta, Mapping) else {}
 
@@ -122,9 +121,9 @@ def query_at(captured: Capture, point: tuple[float, float]) -> tuple[int, int]:
 
 
 def _prepared(config: Any, model: nn.Module, image: Path) -> Tensor:
-    from castling_det.conversion.probes import DEFAULT_SHAPE, Probes
+    from castling_det.conversion.mask_proof import DEFAULT_SHAPE, Probes
 
-    return next(Probes((image,), 1, DEFAULT_SHAPE).batches(config, model))
+    return next(Probes((image,), 1, DEFAULT_SHAPE).batches(config, model))[1]
 
 
 def _input_of(layer: MaskedAttention, model: Any, batch: Tensor) -> tuple[Tensor, tuple[int, int]]:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import math
+import resource
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,20 +18,16 @@ from PIL import Image
 from castling_det.conversion import convert, load_checkpoint, manifest_path
 from castling_det.conversion.detectors import build_detector, with_attention
 from castling_det.files import sha256_of
-from castling_det.layers import MaskState
-from tests.conversion.conftest import EMPTY, FAST, NOT_EMPTY
-
-pytestmark = pytest.mark.usefixtures("quick_macs")
+from castling_det.layers import MaskState, attention_layers
+from tests.conversion.conftest import EMPTY, FAST, NOT_EMPTY, set_options
 
 
 def hybrid_with(config, tensors, mask=None):
     """The hybrid as training left it; with a mask, its softmax branch is on."""
     model = build_detector(with_attention(config, "castling"))
     model.load_state_dict(tensors)
-    if mask:
-        for block in model.backbone.blocks:
-            block.attn.eval_aux = True
-            block.attn.mask_state = MaskState.from_meta(mask)
+    for layer in attention_layers(model).values() if mask else ():
+        layer.eval_aux, layer.mask_state = True, MaskState(mask["threshold"])
     return model
 
 
@@ -48,17 +48,14 @@ def test_detections_are_bit_identical_once_the_mask_is_empty(tiny_config, runner
     source, checkpoint = runner_checkpoint(mask)
     out = tmp_path / "deploy" / "deploy.pth"
     manifest = convert(with_attention(tiny_config, given), source, out, **FAST)
-    assert manifest.max_abs_drift == 0.0 and manifest.mask.empty_by
+    assert manifest.max_abs_drift == 0.0 and manifest.mask.empty_by and manifest.notes == ()
     deployed = init_detector(with_attention(tiny_config, "linear"), str(out), device="cpu")
-    assert {block.attn.mode for block in deployed.backbone.blocks} == {"linear"}
-    for hybrid in (
-        hybrid_with(tiny_config, checkpoint["state_dict"]),
-        hybrid_with(tiny_config, checkpoint["state_dict"], mask if mask["aux_scale"] else None),
-    ):
-        before, after = detections(hybrid), detections(deployed)
+    assert {layer.mode for layer in attention_layers(deployed).values()} == {"linear"}
+    after = detections(deployed)
+    for shown in (None, mask if mask["aux_scale"] else None):
+        before = detections(hybrid_with(tiny_config, checkpoint["state_dict"], shown))
         assert sum(len(boxes) for boxes, *_ in before) > 0
-        for expected, actual in zip(before, after, strict=True):
-            torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+        torch.testing.assert_close(after, before, rtol=0, atol=0)
 
 
 def test_the_identity_check_sees_a_mask_that_is_not_empty(tiny_config, runner_checkpoint):
@@ -68,7 +65,7 @@ def test_the_identity_check_sees_a_mask_that_is_not_empty(tiny_config, runner_ch
     assert not torch.equal(plain[0][1], with_branch[0][1])
 
 
-def test_the_manifest_says_what_was_done(real_macs, tiny_config_file, runner_checkpoint, tmp_path):
+def test_the_manifest_says_what_was_done(tiny_config_file, runner_checkpoint, tmp_path):
     source, _ = runner_checkpoint(EMPTY, ema=True)
     out = tmp_path / "deploy.pth"
     convert(tiny_config_file, source, out, command="convert it", **FAST)
@@ -78,21 +75,13 @@ def test_the_manifest_says_what_was_done(real_macs, tiny_config_file, runner_che
     assert record["output"]["bytes"] < record["source"]["bytes"] - 400_000  # the optimizer's tensor alone
     assert record["config"] == str(tiny_config_file) and record["command"] == "convert it"
     assert (record["weights"]["kind"], record["weights"]["key"]) == ("ema", "state_dict")
-    assert set(record["weights"]["dropped"]) == {
-        "message_hub",
-        "optimizer",
-        "param_schedulers",
-        "ema_state_dict",
-    }
+    assert set(record["weights"]["dropped"]) == {"message_hub", "optimizer", "param_schedulers", "ema_state_dict"}
     assert (record["mask"]["threshold"], record["mask"]["empty_by"]) == ("inf", "threshold")
     assert record["mask"]["layers"] == {
         f"blocks.{index}": dict(kept_fraction=0.0, kept_mass=0.0, tokens=64) for index in range(2)
     }
     assert set(record["drift"]) == {"backbone.0", "backbone.1", "neck.0", "neck.1"}
     assert record["max_abs_drift"] == 0.0
-    assert record["macs"]["shape"] == [64, 64]
-    tokens, width, blocks = 64, 32, 2  # the softmax branch: q k^T and p v in every block
-    assert record["macs"]["before"] - record["macs"]["after"] == blocks * 2 * tokens * tokens * width
     assert {"python", "torch", "mmengine", "mmcv", "mmdet", "castling_det"} <= set(record["versions"])
 
 
@@ -111,6 +100,7 @@ def test_meta_is_kept_and_training_state_is_not(tiny_config, runner_checkpoint, 
     own = meta["castling_det"]
     assert own["mask"] == EMPTY and own["training_cfg"] == checkpoint["meta"]["cfg"]
     assert own["converted"]["source_sha256"] == sha256_of(source)
+    assert own["attention"]["blocks.1"]["mode"] == "linear" and own["attention"]["blocks.1"]["num_heads"] == 2
     assert "attention='linear'" in meta["cfg"] and "attention='castling'" not in meta["cfg"]
 
 
@@ -118,7 +108,7 @@ def test_meta_is_kept_and_training_state_is_not(tiny_config, runner_checkpoint, 
 def test_the_weights_that_are_asked_for_are_taken(tiny_config, runner_checkpoint, tmp_path, weights, key):
     source, checkpoint = runner_checkpoint(EMPTY, ema=True)
     out = tmp_path / "deploy.pth"
-    assert convert(tiny_config, source, out, weights=weights, **FAST).weights.kind == key
+    assert convert(tiny_config, source, out, weights=weights, **FAST).weights["kind"] == key
     averaged = checkpoint["state_dict"]
     online = {name[7:]: value for name, value in checkpoint["ema_state_dict"].items() if name != "steps"}
     expected, other = (averaged, online) if key == "ema" else (online, averaged)
@@ -158,12 +148,19 @@ def test_the_drift_is_that_of_the_feature_maps(tiny_config, runner_checkpoint, t
     assert manifest.probes.images == (str(photos / "0.png"),) and manifest.probes.shapes == ((64, 64),)
 
 
-def test_noise_is_no_proof_and_real_images_are(tiny_config, runner_checkpoint, tmp_path, photos):
-    mask = dict(NOT_EMPTY, threshold=0.999)  # nothing near it passes, but it is no certainty
-    source, _ = runner_checkpoint(mask)
-    out = tmp_path / "deploy.pth"
+def test_noise_and_images_that_do_not_differ_are_no_proof_and_real_images_are(
+    tiny_config, runner_checkpoint, tmp_path, photos
+):
+    source, _ = runner_checkpoint(dict(NOT_EMPTY, threshold=0.999))  # nothing near it passes, but it is no certainty
+    out, black = tmp_path / "deploy.pth", tmp_path / "black"
+    black.mkdir()
+    for index in range(3):
+        Image.new("RGB", (64, 40)).save(black / f"{index}.png")  # which is padded
     with pytest.raises(ValueError, match=r"generated images is no proof.*--probe-images"):
         convert(tiny_config, source, out, **FAST)
+    for images, different in (([black], 0), ([photos / "0.png"] * 3, 1), ([black, photos / "0.png"], 1)):
+        with pytest.raises(ValueError, match=rf"probe images {different} differ and have more than one colour"):
+            convert(tiny_config, source, out, probe_images=images)
     manifest = convert(tiny_config, source, out, probe_images=[photos], shape=(64, 64), num_probes=2)
     assert manifest.mask.empty_by == "probe images" and manifest.max_abs_drift == 0.0
     assert manifest.probes.kind == "files" and len(manifest.probes.images) == 2
@@ -185,7 +182,142 @@ def test_without_the_hooks_record_the_config_tells_the_threshold(tiny_config, ru
     out = tmp_path / "deploy.pth"
     with pytest.raises(ValueError, match=r"threshold 0\.02|not empty"):
         convert(tiny_config, source, out, **FAST)
-    tiny_config.model.backbone.attn_cfg = dict(threshold=1.0)
+    set_options(tiny_config, threshold=1.0)
     manifest = convert(tiny_config, source, out, **FAST)
     assert manifest.mask.origin == "config" and manifest.mask.empty_by == "threshold"
     assert any("does not say where its mask stood" in note for note in manifest.notes)
+    assert any("does not state the options of its attention" in note for note in manifest.notes)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (dict(normalizer="kernel"), "normalizer='l2', but the config has normalizer='kernel'"),
+        (dict(center_keys=True), "center_keys=False, but the config has center_keys=True"),
+        (dict(num_heads=4), "num_heads=2, but the config has num_heads=4"),
+    ],
+)
+def test_a_config_whose_attention_computes_something_else_is_refused(
+    tiny_config, runner_checkpoint, tmp_path, changed, message
+):
+    """The parameters fit, the mask is empty and the drift is 0: only the record tells."""
+    source, checkpoint = runner_checkpoint(EMPTY)
+    set_options(tiny_config, **changed)
+    with pytest.raises(
+        ValueError, match=rf"source\.pth: its attention blocks\.0 was trained with {message}; set model"
+    ):
+        convert(tiny_config, source, tmp_path / "deploy.pth", **FAST)
+    del checkpoint["meta"]["castling_det"]["attention"]
+    torch.save(checkpoint, source)
+    manifest = convert(tiny_config, source, tmp_path / "deploy.pth", **FAST)
+    assert manifest.max_abs_drift == 0.0 and "does not state the options" in manifest.notes[0]
+
+
+def test_a_converted_checkpoint_is_not_converted_again(tiny_config, runner_checkpoint, tmp_path):
+    source, _ = runner_checkpoint(EMPTY)
+    convert(tiny_config, source, tmp_path / "a.pth", **FAST)
+    with pytest.raises(ValueError, match="converted already"):
+        convert(tiny_config, tmp_path / "a.pth", tmp_path / "b.pth", **FAST)
+
+
+def _rename(state):
+    state["backbone.blocks.0.attn.other.weight"] = state.pop("backbone.blocks.0.attn.dconv.weight")
+
+
+def _reshape(state):
+    state["bbox_head.gfl_cls.bias"] = torch.zeros(80)
+
+
+def _diverge(state):
+    state["neck.fpn_convs.0.conv.bias"][3] = math.nan
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_rename, r"1 missing: backbone\.blocks\.0\.attn\.dconv\.weight; 1 unexpected: .*other\.weight"),
+        (lambda state: state.pop("neck.fpn_convs.1.conv.bias"), r"1 missing: neck\.fpn_convs\.1\.conv\.bias"),
+        (_reshape, r"1 of another shape: bbox_head\.gfl_cls\.bias \(80,\) for \(2,\)"),
+        (_diverge, r"not finite in 1 tensors.*neck\.fpn_convs\.0\.conv\.bias"),
+    ],
+)
+def test_another_architecture_is_refused_by_name(tiny_config, runner_checkpoint, tmp_path, change, message):
+    source, checkpoint = runner_checkpoint(EMPTY)
+    change(checkpoint["state_dict"])
+    torch.save(checkpoint, source)
+    with pytest.raises(ValueError, match=message):
+        convert(tiny_config, source, tmp_path / "deploy.pth", **FAST)
+
+
+@pytest.mark.parametrize("mode", ["softmax", "linear"])
+def test_only_hybrids_are_converted(tiny_config, runner_checkpoint, tmp_path, mode):
+    source, checkpoint = runner_checkpoint(EMPTY)
+    checkpoint["meta"]["cfg"] = checkpoint["meta"]["cfg"].replace("'castling'", f"'{mode}'")
+    torch.save(checkpoint, source)
+    with pytest.raises(ValueError, match=f"its meta says attention='{mode}'"):
+        convert(tiny_config, source, tmp_path / "deploy.pth", **FAST)
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (dict(EMPTY, threshold="0.5"), r"\['mask'\]: threshold='0.5'"),
+        (dict(EMPTY, threshold=math.nan), r"threshold=nan"),
+        (dict(EMPTY, threshold_unit="percent"), r"threshold_unit='percent'"),
+        (dict(EMPTY, aux_scale=-2), r"aux_scale=-2"),
+        ([EMPTY], r"meta\['castling_det'\] is no record"),
+    ],
+)
+def test_a_broken_mask_record_is_refused(tiny_config, runner_checkpoint, tmp_path, mask, message):
+    source, _ = runner_checkpoint(mask)
+    with pytest.raises(ValueError, match=message):
+        convert(tiny_config, source, tmp_path / "deploy.pth", **FAST)
+
+
+def test_paths_and_options_are_checked(tiny_config, runner_checkpoint, tmp_path, photos):
+    source, _ = runner_checkpoint(EMPTY)
+    out = tmp_path / "deploy.pth"
+    for arguments, options, message in [
+        ((tiny_config, source, tmp_path / "deploy.json"), {}, r"expected a \.pth file"),
+        ((tiny_config, source, source), {}, "is the source"),
+        ((tiny_config, source, out), dict(weights="ema"), "no average"),
+        ((tiny_config, source, out), dict(weights="best"), "weights='best'"),
+        ((tiny_config, source, out), dict(num_probes=0), "num_probes=0"),
+        ((tiny_config, source, out), dict(shape=(0, 64)), r"shape=\(0, 64\)"),
+        ((tiny_config, source, out), dict(probe_images=[tmp_path / "none"]), "no such file or folder"),
+        ((tiny_config, source, out), dict(probe_images=[photos / "notes.txt"]), "notes.txt: cannot be read"),
+        ((tmp_path / "none.py", source, out), {}, r"none\.py: no such file"),
+        ((with_attention(tiny_config, "softmax"), source, out), {}, "attention='softmax': only a detector"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            convert(*arguments, **{**FAST, **options})
+    assert not out.exists()
+
+
+def test_a_full_disk_leaves_the_old_files(tiny_config, runner_checkpoint, tmp_path):
+    source, _ = runner_checkpoint(EMPTY)
+    out = tmp_path / "deploy" / "deploy.pth"
+    convert(tiny_config, source, out, **FAST)
+    old = {path.name: path.read_bytes() for path in out.parent.iterdir()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))  # the file system stops the write half-way
+    try:
+        with pytest.raises(OSError) as caught:
+            convert(tiny_config, source, out, command="again", **FAST)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caught.value.errno == errno.EFBIG and "deploy.pth: cannot be written" in str(caught.value)
+    assert {path.name: path.read_bytes() for path in out.parent.iterdir()} == old
+
+
+def test_no_manifest_without_its_checkpoint(tiny_config, runner_checkpoint, tmp_path, monkeypatch):
+    source, _ = runner_checkpoint(EMPTY)
+    out = tmp_path / "deploy" / "deploy.pth"
+
+    def full(path, content):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        convert(tiny_config, source, out, **FAST)
+    assert list(out.parent.iterdir()) == []

@@ -167,7 +167,7 @@ def test_fewer_stages_take_the_first_ones(saved):
         (lambda: CastlingLeViT("128").state_dict(), "shapes differ"),
         (
             lambda: timm.create_model("vit_tiny_patch16_224", depth=1).state_dict(),
-            r"only 0.0%.*dropped  blocks\.0\.mlp\.fc1\.bias: no part of a LeViT",
+            r"only 0.0%.*dropped  blocks\.0\.mlp\.fc1\.bias: no part of the backbone of LeViT",
         ),
         (lambda: small("levit").state_dict(), "shapes differ.*arch"),
         (lambda: fused(softmax()).state_dict(), "no place in the backbone.*norms are not fused"),
@@ -202,7 +202,6 @@ def test_a_detector_converts_once_its_mask_is_empty(mask, tiny_config, saved, tm
     manifest = convert(tiny_config, source, tmp_path / "deploy.pth", **FAST)
     assert manifest.max_abs_drift == 0 and set(manifest.mask.layers) == {"stages.0.blocks.0", "stages.0.blocks.1"}
     assert manifest.mask.layers["stages.0.blocks.0"].tokens == 16
-    assert manifest.macs is not None and manifest.macs.after != manifest.macs.before
     linear = build_detector(with_attention(tiny_config, "linear"))
     linear.load_state_dict(torch.load(tmp_path / "deploy.pth", weights_only=True)["state_dict"], strict=True)
 

@@ -11,7 +11,7 @@ from mmengine.registry import MODELS
 from timm.models.mvitv2 import MultiScaleVit, MultiScaleVitCfg, checkpoint_filter_fn
 
 from castling_det.conversion import load_pretrained
-from castling_det.conversion.mvit_keys import drop_reason, fits, renamed
+from castling_det.conversion.pretrained import _MVIT, _mvit_names
 from castling_det.models import CastlingMViT
 from tests.compare import assert_parity, errors
 from tests.layers.test_attention import randomised
@@ -126,9 +126,7 @@ def test_mvitv2_tiny_of_timm_fills_the_backbone_to_the_last_parameter():
     with torch.device("meta"):
         source = timm.create_model("mvitv2_tiny", pretrained=False).state_dict()
         target = CastlingMViT("tiny", attention="softmax", attn_cfg=dict(local_conv=None)).state_dict()
-    dropped = {}
-    found = renamed(source, dropped)
-    assert fits(target) and not dropped
+    found = _mvit_names(source)
     assert {k: v.shape for k, v in found.items() if k in target} == {
         k: v.shape for k, v in target.items() if not k.startswith(("norm0", "norm1", "norm2"))
     }
@@ -178,9 +176,9 @@ def test_a_plain_vit_and_an_absolute_position_embedding_are_refused(model, saved
 
 def test_every_reason_for_dropping():
     target = ours("linear").state_dict()
-    assert "class token" in drop_reason("cls_token", target)
-    assert drop_reason("neck.conv.weight", target) == "no part of an MViTv2 backbone"
-    assert drop_reason("stages.0.blocks.0.attn.unknown", target) == ""
+    assert "class token" in _MVIT.drop_reason("cls_token", target)
+    assert _MVIT.drop_reason("neck.conv.weight", target) == "no part of the backbone of MViTv2"
+    assert _MVIT.drop_reason("stages.0.blocks.0.attn.unknown", target) == ""
 
 
 def test_init_cfg_reads_the_file_before_training(model, saved):

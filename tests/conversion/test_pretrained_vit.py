@@ -187,7 +187,7 @@ def test_fewer_blocks_take_the_first_ones(saved):
     model = reference(PLAIN)
     backbone = ours(model, depth=1)
     report = load_pretrained(backbone, saved(model.state_dict()))
-    assert report.dropped["blocks.1.attn.qkv.weight"] == "the model has no block 1"
+    assert report.dropped["blocks.1.attn.qkv.weight"] == "the model has no blocks.1"
 
 
 def test_min_fraction_is_checked(saved):

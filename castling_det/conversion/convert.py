@@ -1,0 +1,234 @@
+"""A hybrid checkpoint becomes a linear one: the same weights, no training state, a record of what changed."""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import hashlib
+import io
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mmcv
+import mmdet
+import mmengine
+import timm
+import torch
+from mmengine.config import Config
+from torch import nn
+
+from castling_det import __version__
+from castling_det.conversion.checkpoints import Weights, load_checkpoint
+from castling_det.conversion.detectors import (
+    build_detector,
+    load_exactly,
+    load_weights,
+    own_meta,
+    trained_attention,
+    training_config,
+    with_attention,
+)
+from castling_det.conversion.manifest import FileRecord, Manifest
+from castling_det.conversion.mask_proof import Probes, measure, probes_of, prove, set_mask, unproven
+from castling_det.engine.mask_annealing import META_KEY, attention_record
+from castling_det.files import atomic_write, sha256_of
+from castling_det.layers import attention_layers
+
+__all__ = ["Job", "convert", "manifest_path"]
+
+_DROPPED = {
+    "optimizer": "state of the optimizer",
+    "param_schedulers": "state of the learning-rate schedules",
+    "message_hub": "logged curves",
+    "state_dict": "the weights that were not taken",
+    "ema_state_dict": "the weights that were not taken",
+}
+
+
+def convert(
+    config: str | os.PathLike[str] | Config,
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    allow_nonempty_mask: bool = False,
+    weights: str = "auto",
+    probe_images: Sequence[str | os.PathLike[str]] = (),
+    num_probes: int = 4,
+    shape: tuple[int, int] | None = None,
+    command: str = "",
+) -> Manifest:
+    """Writes the linear-only checkpoint `out` and its manifest beside it, over older ones.
+
+    Args:
+        config: of the training (`attention="castling"`), or its deploy twin (`"linear"`).
+        source: Runner checkpoint of the hybrid.
+        out: file to write; its meta says that it is converted, and `meta["cfg"]` is the deploy config.
+        allow_nonempty_mask: convert although the softmax branch still contributes, or may do so.
+        weights: `"auto"` (the average where EMAHook left one), `"ema"` or `"online"`.
+        probe_images: real images, files or folders, to measure on; without any, noise is generated.
+        num_probes: most images to measure on.
+        shape: height and width in pixels of generated images; None: the test pipeline's.
+        command: the command line, to be recorded.
+
+    Raises:
+        ValueError: unusable file, config or option, or a mask not known to be empty. `out` is as it was.
+        OSError: `out` cannot be written, such as on a full disk. An older `out` is as it was.
+    """
+    job = Job.prepared(config, source, out, probe_images=probe_images, num_probes=num_probes, shape=shape)
+    if (modes := trained_attention(job.meta)) and "castling" not in modes:
+        raise ValueError(
+            f"checkpoint {source}: its meta says attention={', '.join(sorted(modes))!r}; only a detector "
+            "trained with attention='castling' is converted, a linear one is deployed as it is"
+        )
+    hybrid_config, linear_config = with_attention(job.config, "castling"), with_attention(job.config, "linear")
+    hybrid, linear = build_detector(hybrid_config), build_detector(linear_config)
+    picked, notes = load_weights(hybrid, job.checkpoint, source, weights)
+    load_exactly(linear, picked.tensors, source)
+    state, origin = set_mask(hybrid, job.own.get("mask"), source)
+    measured = measure(hybrid_config, job.probes, hybrid, linear)
+    mask, more = prove(hybrid, state, origin, measured)
+    notes += more
+    if mask.empty_by is None:
+        problem = unproven(mask, measured)
+        if not allow_nonempty_mask:
+            raise ValueError(f"checkpoint {source}: {problem}, or accept the change with --allow-nonempty-mask")
+        notes.append(f"converted with --allow-nonempty-mask: {problem}")
+    return job.write(
+        linear,
+        linear_config,
+        picked,
+        record=("converted", {"mask_empty_by": mask.empty_by}),
+        mask=mask,
+        probes=measured.probes,
+        drift=measured.drift,
+        drift_linear=None,
+        command=command,
+        notes=notes,
+    )
+
+
+def manifest_path(out: str | os.PathLike[str]) -> Path:
+    """Where the manifest of a converted checkpoint lies: beside it, with the suffix `.json`."""
+    return Path(out).with_suffix(".json")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a conversion reads, checked."""
+
+    source: Path
+    out: Path
+    config: Config
+    checkpoint: dict[str, Any]
+    meta: dict[str, Any]
+    own: dict[str, Any]
+    """The records of this package in `meta`."""
+    probes: Probes
+    notes: list[str]
+
+    @classmethod
+    def prepared(
+        cls,
+        config: str | os.PathLike[str] | Config,
+        source: str | os.PathLike[str],
+        out: str | os.PathLike[str],
+        *,
+        probe_images: Sequence[str | os.PathLike[str]],
+        num_probes: int,
+        shape: tuple[int, int] | None,
+    ) -> Job:
+        """Reads config and checkpoint, before anything slow.
+
+        Raises:
+            ValueError: an unusable file, a checkpoint that is converted already, or an `out` that is no new `.pth`.
+        """
+        source, out = Path(source), Path(out)
+        if out.suffix not in (".pth", ".pt"):
+            raise ValueError(f"output {out}: expected a .pth file; the manifest takes the same name with .json")
+        if out.is_dir():
+            raise ValueError(f"output {out}: is a folder; give the file to write")
+        if out.exists() and source.exists() and out.samefile(source):
+            raise ValueError(f"output {out}: is the source, whose training state would be lost; give another name")
+        training = training_config(config)
+        probes, notes = probes_of(training, probe_images, num_probes, shape)
+        checkpoint = load_checkpoint(source)
+        meta, own = own_meta(checkpoint, source)
+        if converted := own.get("converted"):
+            raise ValueError(
+                f"checkpoint {source}: is converted already, from the source with sha256 "
+                f"{converted.get('source_sha256')}; use it as it is"
+            )
+        return cls(source, out, training, checkpoint, meta, own, probes, notes)
+
+    def write(
+        self,
+        model: nn.Module,
+        config: Config,
+        picked: Weights,
+        *,
+        record: tuple[str, Mapping[str, Any]],
+        notes: Sequence[str],
+        **measured: Any,
+    ) -> Manifest:
+        """Writes the checkpoint of `model` and the manifest beside it, all or nothing.
+
+        Args:
+            model: the detector. config: its config, which becomes `meta["cfg"]`. picked: where its weights come from.
+            record: name and content of the record of what was done, in `meta["castling_det"]`.
+            notes: to be added to those of the preparation.
+            measured: the other fields of the manifest.
+        """
+        digest = sha256_of(self.source)
+        created = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        origin = {"source_sha256": digest, "weights": picked.kind, "castling_det": __version__, "created": created}
+        own = {**self.own, "attention": attention_record(attention_layers(model)), record[0]: {**origin, **record[1]}}
+        if "cfg" in self.meta:
+            own["training_cfg"] = self.meta["cfg"]
+        buffer = io.BytesIO()
+        # Weights and meta alone, so plain that `torch.load(..., weights_only=True)` reads them.
+        meta = {**copy.deepcopy(self.meta), "cfg": config.pretty_text, META_KEY: own}
+        torch.save({"meta": meta, "state_dict": model.state_dict()}, buffer)
+        content = buffer.getvalue()
+        dropped = {
+            str(name): _DROPPED.get(str(name), "not needed to run the detector")
+            for name in self.checkpoint
+            if picked.key and name not in ("meta", picked.key)
+        }
+        manifest = Manifest(
+            source=FileRecord(str(self.source), digest, self.source.stat().st_size),
+            output=FileRecord(str(self.out), hashlib.sha256(content).hexdigest(), len(content)),
+            config=str(self.config.filename),
+            weights={
+                "kind": picked.kind,
+                "key": picked.key,
+                "tensors": len(picked.tensors),
+                "dropped": {**dropped, **picked.dropped},
+            },
+            versions=_versions(),
+            created=created,
+            notes=(*self.notes, *notes),
+            **measured,
+        )
+        _write_both(self.out, content, json.dumps(manifest.to_json(), indent=2, ensure_ascii=False, allow_nan=False))
+        return manifest
+
+
+def _write_both(out: Path, content: bytes, manifest: str) -> None:
+    try:
+        # Both contents are on disk before either file takes its name.
+        with atomic_write(manifest_path(out)) as manifest_part, atomic_write(out) as checkpoint_part:
+            manifest_part.write_text(f"{manifest}\n", encoding="utf-8")
+            checkpoint_part.write_bytes(content)
+    except OSError as error:
+        message = f"output {out}: cannot be written ({error.strerror}); an older one is as it was"
+        raise OSError(error.errno, message) from error
+
+
+def _versions() -> dict[str, str]:
+    packages = {package.__name__: str(package.__version__) for package in (torch, timm, mmengine, mmcv, mmdet)}
+    return {"python": platform.python_version(), "castling_det": __version__, **packages}
