@@ -21,4 +21,4 @@ def macs_before_and_after(config: Config, shape: tuple[int, int]) -> Macs:
     """
     after = detector_complexity(with_attention(config, "linear"), shape).macs
     softmax = detector_complexity(with_attention(config, "softmax"), shape).macs_by_kind
-    return Macs(shape, after + softmax["attention_scores"] + softmax["attention_values"], after)
+    return Macs(shape, after + softmax["attention"], after)

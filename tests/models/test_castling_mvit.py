@@ -192,11 +192,12 @@ def test_without_kv_pooling_the_grids_agree():
 
 def test_linear_attention_grows_with_the_pixels():
     def scores(attention, side):
-        records = count_macs(small(attention, kv_pooling=False), torch.randn(1, 3, side, side))
-        return sum(record.macs.get("attention_values", 0) for record in records)
+        backbone = small(attention, kv_pooling=False)
+        return count_macs(backbone, torch.randn(1, 3, side, side)).macs_by_kind["attention"]
 
     assert scores("linear", 128) == 4 * scores("linear", 64)
-    assert scores("softmax", 128) == 16 * scores("softmax", 64)
+    # The relative positions' share grows with N ** 1.5.
+    assert 15 * scores("softmax", 64) < scores("softmax", 128) < 16 * scores("softmax", 64)
 
 
 def test_padding_is_asked_for_or_refused():
