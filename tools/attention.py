@@ -15,6 +15,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -47,10 +48,26 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def load_detector(config: str | Path, checkpoint: Path) -> tuple[Any, Any, dict[str, Any]]:
+    """The config, its detector with the weights of the checkpoint in eval mode, and the checkpoint's meta.
+
+    Raises:
+        ValueError: config or checkpoint that cannot be read, or that do not belong together.
+    """
+    from castling_det.conversion import load_checkpoint, select_weights
+    from castling_det.conversion.detectors import build_detector, load_exactly
+    from castling_det.report.configs import load_config
+
+    loaded = load_config(config)
+    model, content = build_detector(loaded), load_checkpoint(checkpoint)
+    load_exactly(model, select_weights(content, checkpoint).tensors, checkpoint)
+    return loaded, model, content.get("meta") or {}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
     args = parse_args(arguments)
-    from castling_det.report.attention_maps import attention_layers, attention_picture, capture, load_detector
+    from castling_det.report.attention_maps import attention_layers, attention_picture, capture
 
     if args.out is None and not args.list:
         print("error: --out: expected a file to write, or --list", file=sys.stderr)
