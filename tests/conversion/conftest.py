@@ -102,7 +102,7 @@ def tiny_config_file(tiny_config, tmp_path):
 
 def set_options(config, **options):
     """Gives the backbone of a config these options of the attention."""
-    config.model.backbone.update(options)
+    config.model.backbone.attn_cfg = {**(config.model.backbone.get("attn_cfg") or {}), **options}
 
 
 def randomised_state(model, seed=0):

@@ -293,11 +293,12 @@ def test_cost_in_closed_form_is_what_the_counter_sees(mode, normalizer, stride, 
     x = tokens_of(hw).detach().float()
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as flops:
         attn(x, hw)
-    (record,) = count_macs(attn, x, hw=hw)
-    assert sum(record.macs.values()) == flops.get_total_flops() // 2
+    found = count_macs(attn, x, hw=hw)
+    assert found.macs == flops.get_total_flops() // 2
     queries = 35 if stride == 1 else 3 * 4
-    values = queries * HEADS * VALUES * (35 if mode == "softmax" else KEYS)
-    assert record.macs["attention_values"] == 2 * values
+    products = queries * 35 * (KEYS + VALUES) if mode == "softmax" else (35 + queries) * KEYS * VALUES
+    row_sums = (35 + queries) * KEYS if normalizer == "kernel" else 0
+    assert found.macs_by_kind["attention"] == 2 * HEADS * (products + row_sums)
 
 
 @pytest.mark.parametrize("normalizer", NORMALIZERS)

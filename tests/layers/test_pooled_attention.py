@@ -232,15 +232,16 @@ def test_macs_are_those_that_ran(mode, local_conv, normalizer, hw, stride_q, str
         stride_q=stride_q, stride_kv=stride_kv,
     )  # fmt: skip
     x = torch.randn(2, hw[0] * hw[1], DIM)
-    (record,) = count_macs(layer, x, hw)
+    found = count_macs(layer, x, hw)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as flops:
         layer.eval()(x, hw)
-    assert sum(record.macs.values()) == flops.get_total_flops() // 2
+    assert found.macs == flops.get_total_flops() // 2
     queries, keys = (-(-hw[0] // s) * -(-hw[1] // s) for s in (stride_q, stride_kv))
-    assert record.macs["projections"] == 2 * (hw[0] * hw[1] * DIM * 3 * DIM_OUT + queries * DIM_OUT * DIM_OUT)
-    assert record.macs["attention_scores"] == 2 * keys * DIM_OUT * (
-        queries if mode == "softmax" else 8 + (normalizer == "kernel")
-    )
+    assert found.macs_by_kind["projections"] == 2 * (hw[0] * hw[1] * DIM * 3 * DIM_OUT + queries * DIM_OUT * DIM_OUT)
+    columns = DIM_OUT // HEADS + (normalizer == "kernel")
+    pairs = queries * (2 * keys + sum(-(-side // stride_kv) for side in hw))
+    products = pairs if mode == "softmax" else (keys + queries) * columns
+    assert found.macs_by_kind["attention"] == 2 * DIM_OUT * products
 
 
 @pytest.mark.parametrize(
