@@ -126,7 +126,7 @@ crash-test: $(READY) data
 setup: $(READY)
 
 data: $(READY)
-	$(BIN)/python tools/prepare_tree_crowns.py
+	$(BIN)/python tools/dataset_converters/tree_crowns.py
 
 # The lock where it applies, with a hash for every file; other Pythons and machines install the pins.
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check

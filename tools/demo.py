@@ -1,6 +1,6 @@
 """The whole job on the tree crowns: two trainings, conversion, evaluation, report. Goes on where it was interrupted.
 
-The data comes from tools/prepare_tree_crowns.py.
+The data comes from tools/dataset_converters/tree_crowns.py.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def main() -> int:
 
     annotations = args.data_root / "annotations" / "val.json"
     if not annotations.is_file():
-        prepare = f"tools/prepare_tree_crowns.py --root {args.data_root}"
+        prepare = f"tools/dataset_converters/tree_crowns.py --root {args.data_root}"
         print(f"error: {annotations} is missing; run {prepare}", file=sys.stderr)
         return 1
     family, _, prefix = args.model.rpartition("/")

@@ -1,6 +1,6 @@
 """The study of the options on the tree crowns: each trained alike over three seeds. Goes on where it was interrupted.
 
-The data comes from tools/prepare_tree_crowns.py. About ten minutes of one core for each run.
+The data comes from tools/dataset_converters/tree_crowns.py. About ten minutes of one core for each run.
 """
 
 from __future__ import annotations

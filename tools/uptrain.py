@@ -1,7 +1,7 @@
 """Uptraining on the tree crowns: trained softmax detectors become linear ones in a quarter of their iterations.
 
 The softmax detectors come from `make study` (or tools/demo.py with --seeds), the data from
-tools/prepare_tree_crowns.py. Goes on where it was interrupted, a training from its beginning.
+tools/dataset_converters/tree_crowns.py. Goes on where it was interrupted, a training from its beginning.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main() -> int:
 
     annotations = args.data_root / "annotations" / "val.json"
     if not annotations.is_file():
-        prepare = f"tools/prepare_tree_crowns.py --root {args.data_root}"
+        prepare = f"tools/dataset_converters/tree_crowns.py --root {args.data_root}"
         print(f"error: {annotations} is missing; run {prepare}", file=sys.stderr)
         return 1
     plan = Uptraining(

@@ -18,7 +18,7 @@ MAX_ITERS = "60"
 DATA = ROOT / "data" / "tree_crowns"
 
 pytestmark = pytest.mark.skipif(
-    not (DATA / "annotations" / "val.json").is_file(), reason="run tools/prepare_tree_crowns.py (make test does)"
+    not (DATA / "annotations" / "val.json").is_file(), reason="run make data"
 )
 
 
@@ -73,4 +73,4 @@ def test_a_second_run_does_nothing_again(finished):
 
 def test_missing_data_is_named(tmp_path):
     result = demo(tmp_path / "w", "--data-root", str(tmp_path / "nothing"))
-    assert result.returncode == 1 and "run tools/prepare_tree_crowns.py --root" in result.stderr
+    assert result.returncode == 1 and "run tools/dataset_converters/tree_crowns.py --root" in result.stderr

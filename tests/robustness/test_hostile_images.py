@@ -15,7 +15,7 @@ from mmcv.transforms import LoadImageFromFile
 from PIL import Image
 
 from castling_det import check_dataset
-from castling_det.datasets.coco_writer import load_source
+from tests.datasets.converters import tree_crowns
 from tests.datasets.test_dataset_checks import sound
 
 SIZE = (100, 80)
@@ -171,6 +171,6 @@ def test_preparation_takes_eight_bit_images_only(tmp_path: Path, kind: str) -> N
     voc = VOC.format(*((64, 64) if kind == "another size" else SIZE)).encode()
     if kind in REFUSED_BY_PREPARATION:
         with pytest.raises(ValueError, match=r"^photo: (not a readable image|pixel format)"):
-            load_source("photo", content, voc)
+            tree_crowns.load_source("photo", content, voc)
     else:
-        assert load_source("photo", content, voc).pixels.mode == "RGB"
+        assert tree_crowns.load_source("photo", content, voc).pixels.mode == "RGB"

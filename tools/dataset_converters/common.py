@@ -72,8 +72,9 @@ def _download(pinned: PinnedWheel, folder: Path) -> None:
     lines = [line for line in run.stderr.splitlines() if line.strip()][-6:]
     raise PreparationError(
         f"pip could not download {pinned.requirement} (exit code {run.returncode}). Check the connection to the "
-        f"package index (`{sys.executable} -m pip config list` shows which one is set), or on a machine with a connection run "
-        f"`python -m pip download --no-deps {pinned.requirement}` and pass its file with --wheel FILE. "
+        f"package index (`{sys.executable} -m pip config list` shows which one is set), or run "
+        f"`python -m pip download --no-deps {pinned.requirement}` on a machine with a connection and pass its file "
+        "with --wheel FILE. "
         "The last lines of pip:\n  " + "\n  ".join(lines)
     )
 
