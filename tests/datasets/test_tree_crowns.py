@@ -23,9 +23,7 @@ MEMBER_FOLDER, prepare = tree_crowns.MEMBER_FOLDER, tree_crowns.prepare
 TRAIN = "2019_YELL_2_528000_4978000_image_crop2"
 VAL = "2019_YELL_2_541000_4977000_image_crop"
 REAL = FOLDER.parents[1] / "data" / "tree_crowns"
-needs_real_data = pytest.mark.skipif(
-    not (REAL / "prepared.json").is_file(), reason="run make data"
-)
+needs_real_data = pytest.mark.skipif(not (REAL / "prepared.json").is_file(), reason="run make data")
 
 
 @pytest.fixture(scope="module")
