@@ -182,7 +182,7 @@ def _startup(name: str) -> Finding:
 
 
 def _host_tools(name: str) -> Finding:
-    from castling_det.experiments import mmdet_tool
+    from castling_det.compat.host import mmdet_tool
 
     return Finding(name, "ok", str(Path(mmdet_tool("train.py")).parent))
 

@@ -9,8 +9,17 @@ import re
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from pathlib import Path
 
-__all__ = ["HOST_PACKAGES", "HostPackage", "check_host", "host_problems", "host_warnings", "installed_distributions"]
+__all__ = [
+    "HOST_PACKAGES",
+    "HostPackage",
+    "check_host",
+    "host_problems",
+    "host_warnings",
+    "installed_distributions",
+    "mmdet_tool",
+]
 
 INSTALL_HINT = "pip install 'castling-det[onedl]'"
 EXPORTING_TORCH = "2.8"
@@ -94,6 +103,21 @@ def host_warnings() -> list[str]:
             f"conversion work; {INSTALL_HINT} with torch >= {EXPORTING_TORCH}",
         ]
     return _engine_warnings(torch)
+
+
+def mmdet_tool(name: str) -> str:
+    """The path of one of MMDetection's own tools, such as `train.py`, in the installed package.
+
+    Raises:
+        ImportError: MMDetection is not installed, or without its tools.
+    """
+    spec = find_spec("mmdet")
+    if spec is None or spec.origin is None:
+        raise ImportError(f"MMDetection is not installed: {INSTALL_HINT}")
+    path = Path(spec.origin).parent / ".mim" / "tools" / name
+    if not path.is_file():
+        raise ImportError(f"{path} is missing: MMDetection was installed without its tools; reinstall it from a wheel")
+    return str(path)
 
 
 def _engine_warnings(torch: str) -> list[str]:
