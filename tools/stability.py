@@ -25,7 +25,7 @@ WRAPPERS = {
 
 def train_command(work_dir: Path, *, precision: str, iterations: int, batch_size: int) -> list[str]:
     """MMDetection's own training tool on the demo's config."""
-    from castling_det.experiments import mmdet_tool
+    from castling_det.compat.host import mmdet_tool
 
     options = (
         *WRAPPERS[precision],

@@ -94,7 +94,7 @@ def shown(layer, x, aux=False):
     if not aux:
         return average @ inputs.v, weights, inputs
     kept = weights.softmax * (weights.softmax > absolute(layer, inputs.k.shape[2])) * layer.mask_state.aux_scale
-    if layer.normalizer == "l2":
+    if layer.options.normalizer == "l2":
         return torch.nn.functional.normalize((total + kept) @ inputs.v, dim=-1), weights, inputs
     return (average + kept) @ inputs.v / (1 + kept.sum(dim=-1, keepdim=True)), weights, inputs
 

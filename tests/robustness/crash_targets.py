@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from castling_det.conversion import load_checkpoint
-from castling_det.experiments import mmdet_tool
+from castling_det.compat.host import mmdet_tool
 from castling_det.report.work_dir import find_checkpoint
 
 __all__ = ["ROOT", "Target", "load_libraries", "targets"]
@@ -161,7 +161,7 @@ def targets(study: Path = STUDY, data: Path = ROOT / "data" / "tree_crowns") -> 
         return [mmdet_tool("train.py"), str(HYBRID), "--work-dir", str(folder), "--resume", "--cfg-options", *SHORT]
 
     def prepare(folder: Path) -> list[str]:
-        return [f"{tools}/prepare_tree_crowns.py", "--root", str(folder), "--wheel", str(wheels[0])]
+        return [f"{tools}/dataset_converters/tree_crowns.py", "--root", str(folder), "--wheel", str(wheels[0])]
 
     found = []
     if wheels:

@@ -21,7 +21,7 @@ KILLS = {"data preparation": 2, "demo training": 3}
 def test_killed_commands_start_again_and_end_the_same(tmp_path: Path, name: str) -> None:
     """In a process of its own: forks of one that has run other tests would wait for their threads forever."""
     if name not in {target.name for target in targets()}:
-        pytest.skip("run tools/prepare_tree_crowns.py (make test does)")
+        pytest.skip("run make data")
     out = tmp_path / "crashes.json"
     options = ["--kills", str(KILLS[name]), "--seed", "1", "--only", name, "--out", str(out)]
     command = [sys.executable, "-W", "ignore", "-m", "tests.robustness.crashes", *options]

@@ -15,7 +15,7 @@ from mmcv.transforms import LoadImageFromFile
 from PIL import Image
 
 from castling_det import check_dataset
-from castling_det.datasets.coco_writer import load_source
+from tests.datasets.converters import tree_crowns
 from tests.datasets.test_dataset_checks import sound
 
 SIZE = (100, 80)
@@ -74,16 +74,16 @@ IMAGES: dict[str, tuple[Callable[[Path], Any], tuple[str, str] | None, bool]] = 
     ),
     "EXIF, turned by 90 degrees": (lambda p: _oriented(p, 6), ("error", "turned by their EXIF orientation"), True),
     "EXIF, turned by 180 degrees": (lambda p: _oriented(p, 3), ("warning", "have an EXIF orientation"), True),
-    "truncated JPEG": (lambda p: _cut(p, 0.6, format="JPEG", quality=95), ("error", "truncated or damaged"), False),
+    "truncated JPEG": (lambda p: _cut(p, 0.6, format="JPEG", quality=95), ("error", "are damaged, truncated"), False),
     "JPEG without its last bytes": (
         lambda p: _cut(p, 0.99, format="JPEG", quality=95),
-        ("error", "truncated or damaged"),
+        ("error", "are damaged, truncated"),
         False,
     ),
-    "truncated PNG": (lambda p: _cut(p, 0.6, format="PNG"), ("error", "truncated or damaged"), False),
-    "cut in its header": (lambda p: _cut(p, 0.001, format="PNG"), ("error", "no images that can be read"), False),
-    "empty": (lambda p: p.write_bytes(b""), ("error", "no images that can be read"), False),
-    "text": (lambda p: p.write_text("hello"), ("error", "no images that can be read"), False),
+    "truncated PNG": (lambda p: _cut(p, 0.6, format="PNG"), ("error", "are damaged, truncated"), False),
+    "cut in its header": (lambda p: _cut(p, 0.001, format="PNG"), ("error", "are damaged, truncated"), False),
+    "empty": (lambda p: p.write_bytes(b""), ("error", "are damaged, truncated"), False),
+    "text": (lambda p: p.write_text("hello"), ("error", "are damaged, truncated"), False),
     "another size": (lambda p: Image.new("RGB", (64, 64)).save(p, format="PNG"), ("error", "another size"), True),
     "20,000 x 20,000": (lambda p: p.write_bytes(png_header(20_000, 20_000)), ("error", "more than 178956970"), False),
     "2 ** 31 x 2 ** 31": (
@@ -171,6 +171,6 @@ def test_preparation_takes_eight_bit_images_only(tmp_path: Path, kind: str) -> N
     voc = VOC.format(*((64, 64) if kind == "another size" else SIZE)).encode()
     if kind in REFUSED_BY_PREPARATION:
         with pytest.raises(ValueError, match=r"^photo: (not a readable image|pixel format)"):
-            load_source("photo", content, voc)
+            tree_crowns.load_source("photo", content, voc)
     else:
-        assert load_source("photo", content, voc).pixels.mode == "RGB"
+        assert tree_crowns.load_source("photo", content, voc).pixels.mode == "RGB"

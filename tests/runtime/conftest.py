@@ -30,7 +30,7 @@ METADATA = {
     "nms_iou": 0.6,
 }
 
-needs_data = pytest.mark.skipif(not FULL.is_file(), reason="run tools/prepare_tree_crowns.py (make test does)")
+needs_data = pytest.mark.skipif(not FULL.is_file(), reason="run make data")
 
 
 def spot_model(path, *, channels=3, output_names=("boxes", "scores", "labels"), **changes):

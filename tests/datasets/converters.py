@@ -1,0 +1,14 @@
+"""The scripts under tools/dataset_converters/ as modules: like MMDetection's tools they are no package."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+FOLDER = Path(__file__).parents[2] / "tools" / "dataset_converters"
+sys.path.insert(0, str(FOLDER))
+
+import common  # noqa: E402  # the folder must be on the path first
+import tree_crowns  # noqa: E402
+
+__all__ = ["FOLDER", "common", "tree_crowns"]
