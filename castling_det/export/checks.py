@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,8 +32,9 @@ __all__ = [
     "reference",
 ]
 
-Outputs = Mapping[str, NDArray[Any]]
-Runner = Callable[[NDArray[Any], NDArray[Any] | None], Outputs]
+Array = NDArray[Any]
+Outputs = Mapping[str, Array]
+Runner = Callable[[Array, Array | None], Outputs]
 """Images (B, 3, H, W) and sizes (B, 2) or None, float32, to the outputs by name."""
 
 
@@ -73,6 +75,10 @@ class Tolerance:
     unmatched: float
     """Share of detections without a partner of the same class within `box` and `score`, in either direction. Where two
     boxes overlap by just the threshold of suppression, rounding decides which of them is left."""
+
+    def line(self) -> str:
+        """For people."""
+        return f"within maps {self.raw:g}, boxes {self.box:g} px, scores {self.score:g}, {self.unmatched:.0%} unmatched"
 
 
 TOLERANCES: dict[str, Tolerance | None] = {
@@ -140,10 +146,9 @@ def reference(detector: nn.Module, images: Tensor, sizes: Tensor, *, preprocessi
     model: Any = copy.deepcopy(detector)
     if getattr(model, "roi_head", None) is not None and model.roi_head.with_mask:
         model.roi_head.mask_head = None
-    hw = tuple(images.shape[-2:])
-    infos = [dict(img_shape=tuple(size), ori_shape=tuple(size), scale_factor=(1.0, 1.0)) for size in sizes.tolist()]
-    samples = [DetDataSample(metainfo=dict(info, pad_shape=hw, batch_input_shape=hw)) for info in infos]
-    data: dict[str, Any] = dict(inputs=images, data_samples=samples)
+    info = dict(pad_shape=tuple(images.shape[-2:]), batch_input_shape=tuple(images.shape[-2:]), scale_factor=(1.0, 1.0))
+    infos = [dict(info, img_shape=tuple(size), ori_shape=tuple(size)) for size in sizes.tolist()]
+    data: dict[str, Any] = dict(inputs=images, data_samples=[DetDataSample(metainfo=info) for info in infos])
     with torch.no_grad():
         if preprocessing:
             data = model.data_preprocessor({**data, "inputs": list(images)}, False)
@@ -151,12 +156,12 @@ def reference(detector: nn.Module, images: Tensor, sizes: Tensor, *, preprocessi
         samples = model.predict(data["inputs"], data["data_samples"], rescale=False)
         prefix, head = ("rpn_", model.rpn_head) if getattr(model, "rpn_head", None) else ("", model.bbox_head)
         scores, boxes = head(features)
-    rows = nn.utils.rnn.pad_sequence
-    instances = [sample.pred_instances for sample in samples]
+    found = [sample.pred_instances for sample in samples]
+    rows = partial(nn.utils.rnn.pad_sequence, batch_first=True)
     outputs = {
-        "boxes": rows([found.bboxes.float() for found in instances], batch_first=True),
-        "scores": rows([found.scores.float() for found in instances], batch_first=True),
-        "labels": rows([found.labels for found in instances], batch_first=True, padding_value=-1),
+        "boxes": rows([one.bboxes.float() for one in found]),
+        "scores": rows([one.scores.float() for one in found]),
+        "labels": rows([one.labels for one in found], padding_value=-1),
         **{f"raw_{prefix}cls_score_{level}": value.float() for level, value in enumerate(scores)},
         **{f"raw_{prefix}bbox_pred_{level}": value.float() for level, value in enumerate(boxes)},
     }
@@ -197,45 +202,36 @@ def compare(expected: Outputs, found: Outputs, shape: Shape, tolerance: Toleranc
     detections = unmatched = 0
     box = score = 0.0
     for image in range(shape[0] if "boxes" in found else 0):
-        theirs, ours = (_Rows(*(outputs[name][image] for name in OUTPUT_NAMES)) for outputs in (expected, found))
+        theirs, ours = ([outputs[name][image] for name in OUTPUT_NAMES] for outputs in (expected, found))
         pairs = _partners(theirs, ours, tolerance)
-        counts = [int((rows.scores > 0).sum()) for rows in (theirs, ours)]
+        counts = [int((scores > 0).sum()) for _, scores, _ in (theirs, ours)]
         detections += counts[0]
         unmatched += sum(counts) - 2 * len(pairs)
         for a, b in pairs:
-            box = max(box, float(np.abs(theirs.boxes[a] - ours.boxes[b]).max()))
-            score = max(score, float(np.abs(theirs.scores[a] - ours.scores[b])))
+            box = max(box, float(np.abs(theirs[0][a] - ours[0][b]).max()))
+            score = max(score, float(np.abs(theirs[1][a] - ours[1][b])))
     return ShapeParity(shape, max(raw, default=0.0), detections, unmatched, box, score)
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """Of one image."""
-
-    boxes: NDArray[Any]
-    scores: NDArray[Any]
-    labels: NDArray[Any]
-
-
-def _relative(expected: NDArray[Any], found: NDArray[Any]) -> float:
+def _relative(expected: Array, found: Array) -> float:
     if expected.shape != found.shape:
         return float("inf")
     scale = float(np.sqrt(np.square(expected, dtype=np.float64).mean())) or 1.0
     return float(np.abs(expected.astype(np.float64) - found).max() / scale)
 
 
-def _partners(theirs: _Rows, ours: _Rows, tolerance: Tolerance | None) -> list[tuple[int, int]]:
-    """Pairs of one class; each of `theirs` takes the nearest of `ours` that is still free."""
-    free = ours.scores > 0
-    pairs = []
-    for a in np.flatnonzero(theirs.scores > 0).tolist():
-        box = theirs.boxes[a]
-        apart = np.abs(box - ours.boxes).max(axis=1)
-        other = np.abs(theirs.scores[a] - ours.scores)
+def _partners(theirs: list[Array], ours: list[Array], tolerance: Tolerance | None) -> list[tuple[int, int]]:
+    """Pairs of one class; each row of `theirs` takes the nearest row of `ours` that is still free.
+
+    Args:
+        theirs, ours: boxes, scores and labels of one image.
+    """
+    free, pairs = ours[1] > 0, []
+    for a in np.flatnonzero(theirs[1] > 0).tolist():
+        box, score, label = (values[a] for values in theirs)
+        apart, other = np.abs(box - ours[0]).max(axis=1), np.abs(score - ours[1])
         limit = max(float(np.max(box[2:] - box[:2])) / 2, 1.0) if tolerance is None else tolerance.box
-        near = free & (ours.labels == theirs.labels[a]) & (apart <= limit)
-        if tolerance is not None:
-            near &= other <= tolerance.score
+        near = free & (ours[2] == label) & (apart <= limit) & (tolerance is None or other <= tolerance.score)
         if near.any():
             # Two boxes in one place differ by their scores.
             b = int(np.where(near, apart + 100 * other, np.inf).argmin())

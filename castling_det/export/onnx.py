@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import errno
 import os
@@ -40,6 +41,7 @@ from castling_det.export.network import DeployedDetector
 from castling_det.files import atomic_write, sha256_of
 from castling_det.runtime.metadata import OUTPUT_NAMES, ModelMetadata
 from castling_det.runtime.preprocess import Resize
+from castling_det.runtime.torch_detector import class_names
 
 __all__ = ["PRECISIONS", "ExportReport", "export_onnx", "load_linear"]
 
@@ -57,12 +59,7 @@ class ExportReport:
     def summary(self) -> str:
         """Lines for people."""
         meta, limit = self.metadata, TOLERANCES[self.metadata.precision]
-        bounds = "reported only"
-        if limit is not None:
-            bounds = (
-                f"within maps {limit.raw:g}, boxes {limit.box:g} px, scores {limit.score:g}, "
-                f"{limit.unmatched:.0%} unmatched"
-            )
+        bounds = limit.line() if limit else "reported only"
         size = self.path.stat().st_size / 1e6
         lines = [
             f"{self.path}: {size:.1f} MB, {meta.precision}, {meta.outputs}, opset {meta.opset}",
@@ -155,7 +152,7 @@ def load_linear(
         )
     detector = build_detector(linear)
     load_exactly(detector, select_weights(loaded, checkpoint).tensors, checkpoint)
-    return linear, detector, tuple(map(str, (meta.get("dataset_meta") or {}).get("classes") or _classes(linear)))
+    return linear, detector, class_names(meta, linear)
 
 
 def _check_file(part: Path, compared: Runner, network: DeployedDetector) -> None:
@@ -190,10 +187,7 @@ def _described(
         outputs="raw" if raw else "detections",
         preprocessing="graph" if network.preprocessing else "outside",
         classes=classes,
-        mean=norm.mean,
-        std=norm.std,
-        bgr_to_rgb=norm.bgr_to_rgb,
-        pad_size_divisor=norm.pad_size_divisor,
+        **dataclasses.asdict(norm),
         pad_values=norm.pad_values if network.preprocessing else (0.0, 0.0, 0.0),
         input_size=resize.scale if resize else None,
         keep_ratio=bool(resize and resize.keep_ratio),
@@ -210,20 +204,6 @@ def _described(
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         notes=network.notes,
     )
-
-
-def _classes(config: Config) -> tuple[str, ...]:
-    """Of the test data's metainfo, else COCO's where the number fits, else numbers."""
-    dataset = config.get("test_dataloader", {}).get("dataset", {})
-    named = dataset.get("metainfo", {}).get("classes")
-    if named:
-        return tuple(named)
-    from mmdet.datasets import CocoDataset
-
-    head = config.model.get("bbox_head") or config.model.get("roi_head", {}).get("bbox_head", {})
-    count = int(head.get("num_classes", 80))
-    coco = tuple(CocoDataset.METAINFO["classes"])
-    return coco if dataset.get("type") == "CocoDataset" and len(coco) == count else tuple(map(str, range(count)))
 
 
 def _check_out(out: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from mmcv.transforms import Compose
+from mmdet.datasets import CocoDataset
 from mmdet.structures import DetDataSample
 from mmdet.utils import get_test_pipeline_cfg
 from mmdet.visualization import DetLocalVisualizer
@@ -21,7 +22,7 @@ from castling_det.report.configs import load_config
 from castling_det.runtime.detections import Detections, Image, in_groups
 from castling_det.runtime.sources import UnreadableImage
 
-__all__ = ["TorchDetector"]
+__all__ = ["TorchDetector", "class_names"]
 
 
 class TorchDetector:
@@ -52,9 +53,9 @@ class TorchDetector:
             self.model: Any = model.to(device)
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"device={device!r}: {str(error).splitlines()[0]}; expected 'cpu' or 'cuda'") from error
-        meta = (content.get("meta") or {}).get("dataset_meta") or {}
-        self.classes = _classes(meta, self.config)
-        self._palette = meta.get("palette") or "random"
+        meta = content.get("meta") or {}
+        self.classes = class_names(meta, self.config)
+        self._palette = (meta.get("dataset_meta") or {}).get("palette") or "random"
         self._pipeline = _pipeline(self.config)
         self._visualizer: DetLocalVisualizer | None = None
 
@@ -102,15 +103,16 @@ class TorchDetector:
         return Detections(boxes[order], scores[order], labels[order], self.classes)
 
 
-def _classes(meta: dict[str, Any], config: Config) -> tuple[str, ...]:
+def class_names(meta: Any, config: Config) -> tuple[str, ...]:
+    """Of the checkpoint's meta, else of the config's test data, else COCO's where the number fits, else numbers."""
     dataset = (config.get("test_dataloader") or {}).get("dataset") or {}
-    classes = meta.get("classes") or (dataset.get("metainfo") or {}).get("classes")
-    if classes is None:
-        raise ValueError(
-            f"config {config.filename}: neither it nor the checkpoint names the classes; set "
-            "test_dataloader.dataset.metainfo=dict(classes=(...))"
-        )
-    return (classes,) if isinstance(classes, str) else tuple(map(str, classes))
+    named = (meta.get("dataset_meta") or {}).get("classes") or (dataset.get("metainfo") or {}).get("classes")
+    if named:
+        return (named,) if isinstance(named, str) else tuple(map(str, named))
+    head = config.model.get("bbox_head") or (config.model.get("roi_head") or {}).get("bbox_head") or {}
+    count = int(head.get("num_classes", 80))
+    coco = tuple(CocoDataset.METAINFO["classes"])
+    return coco if dataset.get("type") == "CocoDataset" and len(coco) == count else tuple(map(str, range(count)))
 
 
 def _pipeline(config: Config) -> Compose:
