@@ -119,7 +119,7 @@ class ShapeParity:
 
 
 def default_shapes(network: DeployedDetector) -> tuple[Shape, ...]:
-    """Three shapes, none of them that of tracing: a tall, a wide and a square one, each of another batch."""
+    """Three shapes, none of which was traced: a tall, a wide and a square one, each of another batch."""
     unit, least = network.normalization.pad_size_divisor, network.min_units
     return (
         (1, (least + 3) * unit, (least + 1) * unit),

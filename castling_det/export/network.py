@@ -32,7 +32,7 @@ class DeployedDetector(nn.Module):
 
     Attributes:
         settings: thresholds of suppression, and rows an image.
-        notes: what the file lacks, in words.
+        notes: sentences on the branches that are left out.
         min_units: least height and width, in `pad_size_divisor`, that the detector is traced and compared with.
 
     Raises:
@@ -93,7 +93,7 @@ class DeployedDetector(nn.Module):
 
 
 def _decoder(detector: Any) -> tuple[Any, tuple[str, ...]]:
-    """What makes detections of features, and what is left out, in words."""
+    """The module from features to detections, and notes on the branches that it leaves out."""
     if isinstance(detector, TwoStageDetector):
         notes = ("boxes only: the mask branch is left out",) if detector.roi_head.with_mask else ()
         return TwoStageDecoder(detector), notes

@@ -148,7 +148,7 @@ def load_linear(
     if not (meta.get(META_KEY) or {}).get("converted") and modes and modes != {"linear"}:
         raise ValueError(
             f"checkpoint {checkpoint}: was trained with attention={', '.join(sorted(modes))!r} and is not converted; "
-            "run tools/convert.py on it and export what that writes"
+            "run tools/convert.py on it and export the file that it writes"
         )
     detector = build_detector(linear)
     load_exactly(detector, select_weights(loaded, checkpoint).tensors, checkpoint)
@@ -156,7 +156,7 @@ def load_linear(
 
 
 def _check_file(part: Path, compared: Runner, network: DeployedDetector) -> None:
-    """The file itself, from the disk, gives what the compared graph gives, up to the rounding of float16.
+    """Compares the outputs of the file on the disk with those of the checked graph, up to the rounding of float16.
 
     Fewer outputs let onnxruntime merge other nodes, which rounds differently.
     """

@@ -41,7 +41,7 @@ class Detections:
         return self._where(self.scores >= score)
 
     def inside(self, hw: tuple[int, ...]) -> Detections:
-        """The detections clipped to an image of this height and width, without those of which nothing is left."""
+        """The detections clipped to an image of this height and width; boxes outside of it are dropped."""
         boxes = np.clip(self.boxes, 0, np.array([hw[1], hw[0], hw[1], hw[0]], dtype=np.float32))
         clipped = Detections(boxes, self.scores, self.labels, self.classes)
         return clipped._where((boxes[:, 2:] > boxes[:, :2]).all(axis=1))

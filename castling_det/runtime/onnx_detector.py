@@ -52,7 +52,7 @@ class OnnxDetector:
         self._takes_sizes = any(value.name == SIZES_NAME for value in self._session.get_overridable_initializers())
 
     def detect(self, images: list[Image]) -> list[Detections]:
-        """One result for each image; those of one size behind the pipeline share a batch."""
+        """One result for each image; images that have one size after the pipeline share a batch."""
         prepared = [prepare(image, self.info.pipeline) for image in images]
         sizes = [padded_to_multiple(one.pixels.shape, self.info.pad_size_divisor) for one in prepared]
         return in_groups(sizes, lambda indices: self._batch([prepared[i] for i in indices], sizes[indices[0]]))

@@ -208,11 +208,12 @@ def _video_sink(source: Video, out: Path) -> Iterator[Any]:
     import supervision
 
     path = _video_path(source, out)
-    try:
-        with atomic_write(path, suffix=".part.mp4") as part, supervision.VideoSink(str(part), source.info) as sink:
-            yield sink
-    except RuntimeError as error:  # supervision's, where OpenCV cannot write MP4
-        raise OSError(errno.EIO, str(error), str(path)) from error
+    with atomic_write(path, suffix=".part.mp4") as part, ExitStack() as stack:
+        try:
+            sink = stack.enter_context(supervision.VideoSink(str(part), source.info))
+        except RuntimeError as error:
+            raise OSError(errno.EIO, str(error), str(path)) from error
+        yield sink
 
 
 def _batches(frames: Iterable[Frame], size: int) -> Iterator[list[Frame]]:

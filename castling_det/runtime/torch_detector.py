@@ -60,7 +60,7 @@ class TorchDetector:
         self._visualizer: DetLocalVisualizer | None = None
 
     def detect(self, images: list[Image]) -> list[Detections]:
-        """One result for each image; those of one size behind the pipeline share a batch.
+        """One result for each image; images that have one size after the pipeline share a batch.
 
         Raises:
             UnreadableImage: one that the config's pipeline cannot prepare, such as one too narrow for its resize.
