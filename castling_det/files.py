@@ -27,7 +27,8 @@ def atomic_write(path: str | os.PathLike[str], *, suffix: str = ".part") -> Iter
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=suffix, dir=target.parent)
+    # The start of the name only: a name of 255 bytes has no room for more.
+    handle, name = tempfile.mkstemp(prefix=f".{target.name[:50]}.", suffix=suffix, dir=target.parent)
     os.close(handle)
     temporary = Path(name)
     try:

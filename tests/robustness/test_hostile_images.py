@@ -15,6 +15,7 @@ from mmcv.transforms import LoadImageFromFile
 from PIL import Image
 
 from castling_det import check_dataset
+from castling_det.runtime.sources import UnreadableImage, read_image
 from tests.datasets.converters import tree_crowns
 from tests.datasets.test_dataset_checks import sound
 
@@ -129,9 +130,12 @@ def test_the_loader_agrees_with_the_check(tmp_path: Path, kind: str) -> None:
     if not loads:
         with pytest.raises(Exception, match=r"failed to load|imdecode|empty"):
             LoadImageFromFile()({"img_path": str(tmp_path / "1.png")})
+        with pytest.raises(UnreadableImage, match=r"1\.png: not an image that OpenCV reads"):
+            read_image(tmp_path / "1.png")
         return
     image = LoadImageFromFile()({"img_path": str(tmp_path / "1.png")})["img"]
     assert image.dtype == np.uint8 and image.shape[2] == 3
+    np.testing.assert_array_equal(read_image(tmp_path / "1.png"), image)
     if kind in ("RGB", "with alpha"):
         np.testing.assert_array_equal(image[..., ::-1], pixels())
     if kind == "16-bit":
@@ -139,6 +143,13 @@ def test_the_loader_agrees_with_the_check(tmp_path: Path, kind: str) -> None:
     if kind == "CMYK":
         assert np.abs(image[..., ::-1].astype(int) - pixels()).mean() < 12
     assert image.shape[:2] == {"EXIF, turned by 90 degrees": (100, 80), "another size": (64, 64)}.get(kind, (80, 100))
+
+
+@pytest.mark.parametrize("kind", ["20,000 x 20,000", "2 ** 31 x 2 ** 31"])
+def test_detection_refuses_too_many_pixels_by_the_header(tmp_path: Path, kind: str) -> None:
+    IMAGES[kind][0](tmp_path / "1.png")
+    with pytest.raises(UnreadableImage, match=r"pixels: expected at least one and at most 100,000,000"):
+        read_image(tmp_path / "1.png")
 
 
 def test_headers_alone_find_what_needs_no_decoding(tmp_path: Path) -> None:
