@@ -5,8 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from castling_det.conversion.checkpoints import load_checkpoint
-from castling_det.conversion.detectors import load_exactly
-from castling_det.conversion.weights import select_weights
+from castling_det.conversion.detectors import load_weights
 from castling_det.registry import WEIGHT_INITIALIZERS
 
 __all__ = ["TrainedDetector"]
@@ -25,5 +24,4 @@ class TrainedDetector:
 
     def __call__(self, module: nn.Module) -> None:
         """Raises ValueError where the file or its weights do not fit `module`."""
-        weights = select_weights(load_checkpoint(self.checkpoint), self.checkpoint)
-        load_exactly(module, weights.tensors, self.checkpoint)
+        load_weights(module, load_checkpoint(self.checkpoint), self.checkpoint)

@@ -102,9 +102,10 @@ def export_onnx(
     _check_out(out)
     if precision not in PRECISIONS:
         raise ValueError(f"precision={precision!r}: expected one of {', '.join(map(repr, PRECISIONS))}")
-    linear, detector, classes = load_linear(config, checkpoint)
+    linear, detector, classes, notes = load_linear(config, checkpoint)
     network = DeployedDetector(detector, preprocessing=preprocessing, half=precision == "float16").eval()
     metadata = _described(linear, network, classes, checkpoint, raw=raw, precision=precision, opset=opset)
+    metadata = dataclasses.replace(metadata, notes=(*metadata.notes, *notes))
     program = trace(network)
     check_linear_only(program)
     model = onnx_model(program, opset=opset)

@@ -16,9 +16,9 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from castling_det.config import load_config
 from castling_det.layers import CastlingAttention
 from castling_det.report.complexity import count_macs, detector_complexity
-from castling_det.config import load_config
 from tools.complexity import table
 
 ROOT = Path(__file__).parents[2]

@@ -192,9 +192,9 @@ def _torch_call(subject: str, threads: int) -> Callable[[Any], object]:
 def _network(subject: str) -> Any:
     import torch
 
+    from castling_det.config import load_config
     from castling_det.conversion.detectors import build_detector, with_attention
     from castling_det.export.network import DeployedDetector
-    from castling_det.config import load_config
 
     config, _, attention = subject.rpartition(":")
     if attention not in ("linear", "softmax") or not config:
