@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from castling_det.engine.schedules import SCHEDULES, mask_state
-from castling_det.report.record import RunRecord
+from castling_det.report.records import RunRecord
 
 __all__ = ["mask_picture"]
 

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from castling_det.report.codec import read_document, write_document
 from castling_det.report.complexity import detector_complexity
 from castling_det.report.configs import load_config, network_shape
-from castling_det.report.markdown_table import markdown_table
+from castling_det.report.records import read_document, write_document
+from castling_det.report.render import markdown_table
 
 __all__ = [
     "PEERS",
@@ -88,9 +88,7 @@ def zoo_models(configs: Path) -> list[Path]:
     return sorted(path for path in configs.glob("[!_]*/*_softmax_*.py") if path.stem.endswith("_coco"))
 
 
-def measure_zoo(
-    paths: Sequence[Path], *, created_by: str, progress: Callable[[str], None] | None = None
-) -> ModelZoo:
+def measure_zoo(paths: Sequence[Path], *, created_by: str, progress: Callable[[str], None] | None = None) -> ModelZoo:
     """Counts every model twice, with softmax and with linear attention.
 
     Args:

@@ -81,7 +81,7 @@ def uptraining_steps(plan: Uptraining) -> list[Step]:
 
 
 def _seed_steps(plan: Uptraining, seed: int) -> list[Step]:
-    from castling_det.report.work_dir import find_checkpoint, read_test_metrics
+    from castling_det.report.work_dirs import find_checkpoint, read_test_metrics
 
     teacher = find_checkpoint(plan.teacher(seed))
     read_test_metrics(plan.teacher(seed) / "test")

@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from castling_det.files import write_text
-from castling_det.report.codec import read_document, write_document
 from castling_det.report.configs import load_config
 from castling_det.report.evaluation import evaluate_boxes
-from castling_det.report.machine import this_machine
-from castling_det.report.markdown_table import markdown_table
-from castling_det.report.record import Machine
+from castling_det.report.records import Machine, read_document, this_machine, write_document
+from castling_det.report.render import markdown_table
 from castling_det.runtime.detector import Detector
 
 __all__ = ["SCHEMA", "Accuracy", "AccuracyReport", "compare_files", "read_accuracy"]

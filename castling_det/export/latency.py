@@ -20,11 +20,9 @@ from castling_det.export.network import DeployedDetector
 from castling_det.export.onnx_file import onnx_model, onnx_runner, with_outputs
 from castling_det.export.program import example_images, export_program
 from castling_det.files import write_text
-from castling_det.report.codec import read_document, write_document
 from castling_det.report.configs import load_config
-from castling_det.report.machine import this_machine
-from castling_det.report.markdown_table import markdown_table
-from castling_det.report.record import Machine
+from castling_det.report.records import Machine, read_document, this_machine, write_document
+from castling_det.report.render import markdown_table
 
 __all__ = ["ATTENTIONS", "RUNTIMES", "SCHEMA", "LatencyReport", "LatencyRow", "measure_latency", "read_latency"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 
-from castling_det.report.codec import read_document, write_document
 from castling_det.report.complexity import SCHEMA, Complexity
+from castling_det.report.records import read_document, write_document
 
 __all__ = ["complexity_table", "read_complexity", "write_complexity"]
 

@@ -7,8 +7,7 @@ import pytest
 from castling_det.analysis.benchmark import Timing
 from castling_det.export import latency
 from castling_det.export.latency import FIELD, SCHEMA, LatencyReport, LatencyRow, measure_latency
-from castling_det.report.codec import read_document
-from castling_det.report.machine import this_machine
+from castling_det.report.records import read_document, this_machine
 from tests.export.conftest import tiny_config
 from tools import deployed_latency as tool
 

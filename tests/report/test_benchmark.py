@@ -33,7 +33,7 @@ from castling_det.analysis.benchmark.ratios import crossover, memory_ratio, spee
 from castling_det.analysis.benchmark.reference import ReferenceAttention, reference_of
 from castling_det.analysis.benchmark.variants import Variant
 from castling_det.layers import CastlingAttention
-from castling_det.report.record import Machine
+from castling_det.report.records import Machine
 from tests.compare import assert_parity
 from tests.oracles.published import published_block
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from castling_det.analysis.benchmark.ratios import fault_of
 from castling_det.analysis.benchmark.record import BenchmarkReport, BenchmarkRow
 from castling_det.analysis.benchmark.variants import BASELINE, FLOOR, LINEAR, NATIVE
-from castling_det.report.markdown_table import markdown_table
+from castling_det.report.render import markdown_table
 
 __all__ = ["GOALS", "Goal", "goals_markdown"]
 
