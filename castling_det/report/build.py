@@ -10,11 +10,20 @@ from typing import Any
 
 from castling_det.report.attention_maps import AttentionPicture, read_picture
 from castling_det.report.bootstrap import differences
-from castling_det.report.compare import compare, latency_of, read_benchmark
+from castling_det.report.compare import latency_of, read_benchmark
 from castling_det.report.configs import network_shape
 from castling_det.report.evaluation import Annotations, Found, match_boxes
 from castling_det.report.gallery import Row, gallery
-from castling_det.report.records import Latency, MaskOccupancy, Report, RunRecord, read_json, this_machine
+from castling_det.report.records import (
+    Comparison,
+    ImageComparison,
+    Latency,
+    MaskOccupancy,
+    Report,
+    RunRecord,
+    read_json,
+    this_machine,
+)
 from castling_det.report.runs import RunSpec, build_run, config_of
 
 IOU = 0.5
@@ -54,9 +63,9 @@ def build_report(
     for spec in specs:
         known = (latency or {}).get(spec.name)
         run = build_run(spec, annotations=annotations, shape=shape, counted=counted, latency=known)
-        found = config_of(spec) if run.config is not None and run.latency is None else None
-        if found is not None:
-            timed, notes = latency_of(measured, found[1], run.input_shape)
+        config = config_of(spec) if run.config is not None and run.latency is None else None
+        if config is not None:
+            timed, notes = latency_of(measured, config[1], run.input_shape)
             run = replace(run, latency=timed, notes=(*run.notes, *notes))
         if any(other.mask.kept_fraction for other in runs):
             # Runs of one recipe follow the same schedule: one of them is drawn.
@@ -80,10 +89,14 @@ def build_report(
     pair = _pair(specs, report)
     if pair is None:
         return report
-    seed, *files = pair
-    found_boxes = _matched(annotations, files, score_threshold)
-    comparison = compare(annotations, found_boxes, names=(baseline, deployed), seed=seed,
-                         score_threshold=score_threshold, iou=IOU)  # fmt: skip
+    found = _matched(annotations, pair[1:], score_threshold)
+    images = [
+        ImageComparison(image, name, *(boxes.get(image, Found()).counts for boxes in found))
+        for image, name in annotations.file_names.items()
+    ]
+    # Largest differences first; of equal ones, images on which the deployed detector is worse.
+    images.sort(key=lambda image: (-abs(image.f1_difference), image.f1_difference, image.file_name))
+    comparison = Comparison(baseline, deployed, pair[0], score_threshold, IOU, tuple(images))
     return replace(report, comparison=comparison)
 
 

@@ -1,4 +1,4 @@
-"""How runs compare: spreads over seeds, differences from the baseline, images one by one, latencies in benchmarks."""
+"""How runs compare: spreads over seeds, differences from the baseline, latencies in benchmarks."""
 
 from __future__ import annotations
 
@@ -10,12 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from castling_det.report.configs import attention_of, load_config
-from castling_det.report.evaluation import Annotations, Found
 from castling_det.report.records import (
     Benchmark,
     BenchmarkRow,
-    Comparison,
-    ImageComparison,
     Latency,
     Report,
     RunRecord,
@@ -107,27 +104,6 @@ def paired_difference(runs: Sequence[RunRecord], baseline: Sequence[RunRecord], 
         return spread_of(None if left is None or right is None else left - right for left, right in pairs)
     left_mean, right_mean = (spread_of(map(value, group)) for group in (runs, baseline))
     return spread_of([left_mean.mean - right_mean.mean]) if left_mean and right_mean else None
-
-
-def compare(
-    annotations: Annotations,
-    found: tuple[Mapping[int, Found], Mapping[int, Found]],
-    *,
-    names: tuple[str, str],
-    seed: int | None,
-    score_threshold: float,
-    iou: float,
-) -> Comparison:
-    """Counts right, wrong and missed boxes of both on every image, and sorts by the difference in F1, largest first.
-
-    Of equal differences, images on which the deployed detector is worse stand first.
-    """
-    images = [
-        ImageComparison(image, name, *(boxes.get(image, Found()).counts for boxes in found))
-        for image, name in annotations.file_names.items()
-    ]
-    images.sort(key=lambda image: (-abs(image.f1_difference), image.f1_difference, image.file_name))
-    return Comparison(*names, seed=seed, score_threshold=score_threshold, iou=iou, images=tuple(images))
 
 
 def read_benchmark(path: Path) -> Benchmark:

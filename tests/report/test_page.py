@@ -8,7 +8,6 @@ import io
 import json
 import os
 import re
-import warnings
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
@@ -20,7 +19,8 @@ from PIL import Image
 from castling_det.report.attention_maps import AttentionPicture
 from castling_det.report.build import build_report, comparison_pictures, read_attention
 from castling_det.report.evaluation import Annotations
-from castling_det.report.records import RunRecord, Series, read_report
+from castling_det.report.gallery import Row
+from castling_det.report.records import Report, RunRecord, Series, read_report
 from castling_det.report.render import html_page, write_report
 from castling_det.report.runs import RunSpec
 from tests.report.conftest import Demo, Tool
@@ -157,12 +157,9 @@ HOSTILE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("group", range(5))
-def test_hostile_names_are_text_on_every_page_and_picture(
-    demo: Demo, demo_page: str, tmp_path: Path, group: int
-) -> None:
-    """As name of a run, category, layer, kind, file, data set, config, command, processor, and in reasons and notes."""
-    first, second, third = names = HOSTILE[group::5]
+def hostile(demo: Demo, names: list[str]) -> tuple[Report, list[Row]]:
+    """`demo` with three names as names of runs, categories, layers, kinds, files, data, configs, commands, machines."""
+    first, second, third = names
     baseline, deployed = f"softmax{first}", f"deploy{second}"
 
     def renamed(run: RunRecord) -> RunRecord:
@@ -186,13 +183,21 @@ def test_hostile_names_are_text_on_every_page_and_picture(
         machine=dataclasses.replace(demo.report.machine, cpu=f"cpu {second}"),
         comparison=dataclasses.replace(comparison, baseline=baseline, deployed=deployed),
     )  # fmt: skip
-    rows = [
+    return report, [
         dataclasses.replace(row, image=dataclasses.replace(row.image, file_name=name))
         for row, name in zip(demo.pictures, names, strict=True)
     ]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")
-        write_report(tmp_path, report, rows, [AttentionPicture(Image.new("RGB", (9, 9)), f"caption {third}")])
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")
+@pytest.mark.parametrize("group", range(5))
+def test_hostile_names_are_text_on_every_page_and_picture(
+    demo: Demo, demo_page: str, tmp_path: Path, group: int
+) -> None:
+    names = HOSTILE[group::5]
+    report, rows = hostile(demo, names)
+    caption = f"caption {names[2]}"
+    write_report(tmp_path, report, rows, [AttentionPicture(Image.new("RGB", (9, 9)), caption)])
     clean, page = Page(demo_page), Page((tmp_path / "index.html").read_text(encoding="utf-8"))
     assert page.tags == clean.tags and page.attributes - {"colspan"} == clean.attributes
     one, two, three = ("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name) for name in names)

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
+from castling_det.report.render import html_page
 from tests.report.browser import show
+from tests.report.conftest import Demo
+from tests.report.test_page import HOSTILE, hostile
 
 
 def test_the_page_is_shown_whole(demo_page: str, tmp_path: Path) -> None:
@@ -33,3 +38,9 @@ def test_a_broken_picture_and_a_noisy_console_would_be_seen(demo_page: str, tmp_
     shown = show(noisy, tmp_path)
     assert [image["whole"] for image in shown.found["images"]].count(False) == 1
     assert len(shown.console) == 2 and "loud" in shown.console[0]
+
+
+@pytest.mark.parametrize("group", range(5))
+def test_hostile_names_run_nothing(demo: Demo, tmp_path: Path, group: int) -> None:
+    shown = show(html_page(*hostile(demo, HOSTILE[group::5])), tmp_path)
+    assert shown.console == [] and all(image["whole"] for image in shown.found["images"])
