@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
@@ -40,8 +39,10 @@ _STYLE: dict[Any, Any] = {
 class Drawing:
     """One plot on `axes`; `svg` is the drawing as a file, once it is finished."""
 
-    def __init__(self, axes: Axes) -> None:
-        self.axes = axes
+    def __init__(self) -> None:
+        # A figure of its own, outside of pyplot: no global state, nothing to close, no display.
+        self.figure = Figure(figsize=(5.2, 3.5), layout="constrained")
+        self.axes = self.figure.add_subplot()
         self.svg: str | None = None
 
     def finish(self, *, x: str, y: str, columns: int = 1, left: float | None = 0) -> None:
@@ -52,9 +53,8 @@ class Drawing:
             axes.xaxis.set_major_locator(MaxNLocator(6, integer="iteration" in x))
             axes.set_xlim(left=left)
         axes.legend(loc="best", ncols=columns, handlelength=1.6)
-        buffer, figure = io.StringIO(), axes.get_figure(root=True)
-        assert figure is not None
-        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+        buffer = io.StringIO()
+        self.figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
         self.svg = buffer.getvalue()
 
     def logarithmic(self, axis: Literal["x", "y"]) -> None:
@@ -76,9 +76,8 @@ class Drawing:
 
 @contextmanager
 def _drawing() -> Iterator[Drawing]:
-    # A figure of its own, outside of pyplot: no global state, nothing to close, no display.
     with matplotlib.rc_context(_STYLE):
-        yield Drawing(Figure(figsize=(5.2, 3.5), layout="constrained").add_subplot())
+        yield Drawing()
 
 
 def run_color(name: str, names: Sequence[str]) -> str:
