@@ -49,7 +49,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args()
     from castling_det.files import write_text
-    from castling_det.report.markdown_table import markdown_table
+    from castling_det.report.render import markdown_table
 
     body, wrong = [], []
     for name, version in sorted(locked(LOCK.read_text(encoding="utf-8")).items(), key=lambda pair: pair[0].lower()):

@@ -24,7 +24,7 @@ def main() -> int:
     args = parser.parse_args()
     from castling_det.analysis.mask_picture import mask_picture
     from castling_det.files import atomic_write
-    from castling_det.report.record import read_report
+    from castling_det.report.records import read_report
 
     try:
         runs = read_report(args.report).runs

@@ -1,6 +1,6 @@
 """Counts parameters and multiply-adds of every COCO model under configs/ and writes results/model_zoo.json.
 
-The table of docs/model_zoo.md is made from it by tools/update_tables.py.
+The table of docs/model_zoo.md is made from it by tools/dev/tables.py.
 """
 
 from __future__ import annotations

@@ -51,10 +51,8 @@ def record(work_dir: Path, *, precision: str, batch_size: int, command: str) -> 
     """What the training logged; `not_finite` counts logged values that are NaN or infinite."""
     from dataclasses import asdict
 
-    from castling_det.report.codec import to_jsonable
-    from castling_det.report.machine import this_machine
-    from castling_det.report.record import Series
-    from castling_det.report.scalars import read_training_log
+    from castling_det.report.records import Series, this_machine
+    from castling_det.report.work_dirs import read_training_log
 
     log = read_training_log(work_dir)
     wanted = ("loss", "grad_norm", "lr", "loss_scale")
@@ -77,7 +75,7 @@ def record(work_dir: Path, *, precision: str, batch_size: int, command: str) -> 
         "skipped_steps": skipped,
         "max_grad_norm": max((norm for norm in norms if norm is not None), default=None),
         "validation": {name: series.values[-1] for name, series in log.validation.items()},
-        "traces": {name: to_jsonable(series) for name, series in traces.items()},
+        "traces": {name: asdict(series.thinned()) for name, series in traces.items()},
         "command": command,
         "machine": asdict(this_machine()),
     }

@@ -11,8 +11,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from castling_det.engine import SCHEDULES, mask_state
-from castling_det.report.record import RunRecord
+from castling_det.engine.schedules import SCHEDULES, mask_state
+from castling_det.report.records import RunRecord
 
 __all__ = ["mask_picture"]
 

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from castling_det.config import load_config, network_shape
-from castling_det.report.codec import read_document, write_document
 from castling_det.report.complexity import detector_complexity
-from castling_det.report.markdown_table import markdown_table
+from castling_det.report.configs import load_config, network_shape
+from castling_det.report.records import read_document, write_document
+from castling_det.report.render import markdown_table
 
 __all__ = [
     "PEERS",

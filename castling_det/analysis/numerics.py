@@ -11,10 +11,8 @@ import torch
 from torch import Tensor
 
 from castling_det.ops import NORMALIZERS, linear_angular_packed, masked_softmax_packed
-from castling_det.report.codec import read_document, write_document
-from castling_det.report.machine import this_machine
-from castling_det.report.markdown_table import markdown_table
-from castling_det.report.record import Machine
+from castling_det.report.records import Machine, read_document, this_machine, write_document
+from castling_det.report.render import markdown_table
 
 __all__ = [
     "INPUTS",

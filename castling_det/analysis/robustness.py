@@ -6,9 +6,8 @@ import os
 from dataclasses import dataclass
 
 from castling_det.analysis.benchmark import machine_line
-from castling_det.report.codec import read_document, write_document
-from castling_det.report.markdown_table import markdown_table
-from castling_det.report.record import Machine
+from castling_det.report.records import Machine, read_document, write_document
+from castling_det.report.render import markdown_table
 
 __all__ = [
     "CrashReport",

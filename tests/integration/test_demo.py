@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from castling_det.report.record import read_report
+from castling_det.report.records import read_report
 
 ROOT = Path(__file__).resolve().parents[2]
 # Enough for scores over the threshold of a prediction: without one box there is no mAP to report.

@@ -23,7 +23,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from castling_det.analysis.robustness import CrashReport, CrashTarget, crash_markdown, write_crashes
-from castling_det.report.machine import this_machine
+from castling_det.report.records import this_machine
 from tests.robustness.crash_targets import ROOT, STUDY, Target, load_libraries, targets
 
 TRIES = 8

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from castling_det.analysis.robustness import CrashReport, CrashTarget, crash_markdown, read_crashes, write_crashes
-from tests.report.records import MACHINE
+from tests.report.samples import MACHINE
 from tests.robustness.crash_targets import ROOT, Target, targets
 from tests.robustness.crashes import crash_target
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from castling_det.analysis.benchmark.ratios import fault_of
 from castling_det.analysis.benchmark.record import BenchmarkReport, BenchmarkRow
-from castling_det.analysis.benchmark.variants import BASELINE, FLOOR, LINEAR
-from castling_det.report.markdown_table import markdown_table
+from castling_det.analysis.benchmark.variants import BASELINE, FLOOR, LINEAR, NATIVE
+from castling_det.report.render import markdown_table
 
 __all__ = ["GOALS", "Goal", "goals_markdown"]
 
@@ -120,7 +120,7 @@ def with_kernel(goal: Goal) -> Goal | None:
     """The same goal for the compiled kernel; None where it has no part, as in training."""
 
     def swapped(case: _Case) -> _Case:
-        return dataclasses.replace(case, variant="linear_native") if case.variant == LINEAR else case
+        return dataclasses.replace(case, variant=NATIVE) if case.variant == LINEAR else case
 
     if _TRAINING in (goal.upper.passes, goal.lower.passes):
         return None

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from castling_det.analysis.benchmark.ratios import crossover, fault_of, memory_ratio, speed_up, times_floor
 from castling_det.analysis.benchmark.record import BenchmarkReport, BenchmarkRow
 from castling_det.analysis.benchmark.variants import BASELINE, FLOOR, LINEAR
-from castling_det.report.markdown_table import markdown_table, one_line
-from castling_det.report.record import Machine
+from castling_det.report.records import Machine
+from castling_det.report.render import markdown_table, one_line
 
 __all__ = ["benchmark_markdown", "machine_line"]
 

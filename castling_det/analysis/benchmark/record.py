@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from castling_det.report.codec import read_document, write_document
-from castling_det.report.record import Machine
+from castling_det.report.records import Machine, read_document, write_document
 
 __all__ = [
     "DTYPES",

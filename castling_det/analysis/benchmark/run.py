@@ -21,7 +21,7 @@ from castling_det.analysis.benchmark.parity import Parity, check_parity, toleran
 from castling_det.analysis.benchmark.record import BenchmarkReport, BenchmarkRow
 from castling_det.analysis.benchmark.subject import Subject, build_subject
 from castling_det.analysis.benchmark.variants import VARIANTS, Variant
-from castling_det.report.machine import this_machine
+from castling_det.report.records import this_machine
 
 __all__ = ["run_benchmark"]
 
@@ -106,9 +106,7 @@ class _Trial:
         return self.attempt(step, on_subject)
 
 
-def _measured(
-    case: Case, tokens: int, options: BenchmarkOptions, table: Mapping[str, Variant]
-) -> list[BenchmarkRow]:
+def _measured(case: Case, tokens: int, options: BenchmarkOptions, table: Mapping[str, Variant]) -> list[BenchmarkRow]:
     trials = [
         _Trial(name)
         for name in options.variants

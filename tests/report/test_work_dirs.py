@@ -15,12 +15,13 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from castling_det.config import attention_of, checkpoint_of, network_shape, seed_of
-from castling_det.report.scalars import coco_metrics, read_training_log
-from castling_det.report.work_dir import (
+from castling_det.report.work_dirs import (
+    coco_metrics,
     find_checkpoint,
     read_commands,
     read_dumped_config,
     read_test_metrics,
+    read_training_log,
     source_of,
 )
 from tests.report.samples import write_checkpoint, write_session, write_test
@@ -121,7 +122,6 @@ def test_the_mask_series_are_by_layer_and_in_their_order(tmp_path: Path) -> None
     log = read_training_log(tmp_path)
     assert list(log.mask.kept_fraction) == ["blocks.0", "blocks.1", "blocks.2", "blocks.3", "blocks.9", "blocks.10"]
     assert log.mask.empty_from == 160
-    assert log.mask.threshold.steps[0] == 10
     assert not any(key.startswith("mask") for key in log.scalars)
 
 
@@ -131,9 +131,10 @@ def test_a_row_cut_short_by_a_kill_is_left_out_and_a_damaged_one_is_named(tmp_pa
     text = path.read_text()
     path.write_text(text + '{"loss": 0.3, "it')
     assert read_training_log(tmp_path).scalars["loss"].steps == (10, 20, 30, 40, 50)
-    path.write_text("{broken\n" + text)
-    with pytest.raises(ValueError, match=r"scalars\.json, line 1: not a JSON object"):
-        read_training_log(tmp_path)
+    for damaged in ("{broken", "3", '{"step": "a"}', '{"iter": null}', "[" * 100_000):
+        path.write_text(f"{damaged}\n{text}")
+        with pytest.raises(ValueError, match=r"scalars\.json, line 1: not a JSON object"):
+            read_training_log(tmp_path)
 
 
 def test_a_loss_that_is_not_finite_is_none(tmp_path: Path) -> None:
@@ -163,9 +164,10 @@ def test_missing_or_broken_results_name_the_file_and_the_fix(tmp_path: Path) -> 
     path.write_text('{"data_time": 0.1}')
     with pytest.raises(ValueError, match=r"120000\.json: no box mAP; .*found nothing at all"):
         read_test_metrics(tmp_path)
-    path.write_text('{"coco/bbox_mAP": 0.')
-    with pytest.raises(ValueError, match=r"120000\.json: not a readable JSON file"):
-        read_test_metrics(tmp_path)
+    for damaged in (b'{"coco/bbox_mAP": 0.', b"\xff\xfe", b"[" * 100_000):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"120000\.json: not a readable JSON file"):
+            read_test_metrics(tmp_path)
 
 
 def test_metrics_are_found_whatever_their_prefix() -> None:
@@ -199,11 +201,18 @@ def test_configs_commands_and_manifests(tmp_path: Path) -> None:
     assert network_shape(found[1], (100, 50)) == (128, 64)
     assert network_shape(Config(dict()), (100, 50)) == (100, 50)
     (tmp_path / "train.done.json").write_text(json.dumps({"command": [str(Path.cwd() / "x.py"), "a b"], "key": ""}))
-    assert read_commands(tmp_path) == ("x.py 'a b'",)
+    assert read_commands(tmp_path) == ["x.py 'a b'"]
+    for damaged in ([], {"command": "x"}, {"command": [1]}, {}):
+        (tmp_path / "test.done.json").write_text(json.dumps(damaged))
+        with pytest.raises(ValueError, match=r"test\.done\.json: not readable as a finished command"):
+            read_commands(tmp_path)
     checkpoint = tmp_path / "deploy.pth"
     assert source_of(checkpoint) is None
     checkpoint.with_suffix(".json").write_text(json.dumps({"source": {"path": "a/b.pth", "sha256": ""}}))
     assert source_of(checkpoint) == Path("a/b.pth")
+    checkpoint.with_suffix(".json").write_text(json.dumps({"source": 3}))
+    with pytest.raises(ValueError, match=r"deploy\.json: not readable as a manifest"):
+        source_of(checkpoint)
 
 
 @pytest.mark.parametrize("part", [0.0, 0.5, 0.98], ids=["empty", "half", "without its end"])
