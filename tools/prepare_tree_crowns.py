@@ -62,9 +62,7 @@ def main() -> int:
                 train_stride=arguments.train_stride,
                 min_visible=arguments.min_visible,
                 wheel=arguments.wheel,
-                progress=lambda done, total: bar.update(
-                    task, description="tiles", completed=done, total=total
-                ),
+                progress=lambda done, total: bar.update(task, description="tiles", completed=done, total=total),
             )
     except (PreparationError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -15,9 +15,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
-BLOCK = re.compile(
-    r"(<!-- begin table (\w+): python tools/update_tables\.py -->\n).*?(<!-- end table -->)", re.DOTALL
-)
+sys.path.insert(0, str(ROOT))
+BLOCK = re.compile(r"(<!-- begin table (\w+): python tools/update_tables\.py -->\n).*?(<!-- end table -->)", re.DOTALL)
 
 
 def runs(folder: str) -> str:
@@ -36,42 +35,31 @@ def losses(folder: str) -> str:
     return loss_table(read_report(RESULTS / folder / "report.json"))
 
 
-def attention_goals() -> str:
+def attention_ratios() -> str:
     """Ratios of the benchmarks, with the machine line."""
-    from castling_det.analysis.benchmark import goals_markdown, machine_line, read_benchmark
+    from tools.benchmarks.attention import ratios_markdown, read_benchmark
 
-    reports = [read_benchmark(path) for path in sorted(RESULTS.glob("attention/*/benchmark.json"))]
-    machines = dict.fromkeys(machine_line(report.machine) for report in reports)
-    return goals_markdown(reports) + "\n" + "\n".join(machines) + "\n"
+    return ratios_markdown([read_benchmark(path) for path in sorted(RESULTS.glob("attention/*/benchmark.json"))])
 
 
 def attention_numerics() -> str:
     """Errors against float64."""
-    from castling_det.analysis.numerics import numerics_markdown, read_numerics
+    from tools.benchmarks.numerics import numerics_markdown, read_numerics
 
     return numerics_markdown(read_numerics(RESULTS / "attention" / "numerics.json"))
 
 
 def model_zoo() -> str:
     """Parameters and GMACs of the COCO models."""
-    from castling_det.analysis.model_zoo import read_zoo, zoo_markdown
+    from tools.dev.model_zoo import read_zoo, zoo_markdown
 
     return zoo_markdown(read_zoo(RESULTS / "model_zoo.json"))
 
 
-def peers() -> str:
-    """Published detectors."""
-    from castling_det.analysis.model_zoo import peers_markdown
-
-    return peers_markdown()
-
-
 def stacks() -> str:
     """What the suite said on each stack, or that it has not been run there."""
-    sys.path.insert(0, str(Path(__file__).parent))
-    from test_stack import STACKS  # beside this file
-
     from castling_det.report.markdown_table import markdown_table
+    from tools.dev.test_stack import STACKS
 
     body = []
     for name, stack in STACKS.items():
@@ -91,14 +79,14 @@ def stacks() -> str:
 
 def fuzz() -> str:
     """Cases of the fuzz."""
-    from castling_det.analysis.robustness import fuzz_markdown, read_fuzz
+    from tests.robustness.records import fuzz_markdown, read_fuzz
 
     return fuzz_markdown(read_fuzz(RESULTS / "robustness" / "fuzz.json"))
 
 
 def crashes() -> str:
     """Kills of our commands."""
-    from castling_det.analysis.robustness import crash_markdown, read_crashes
+    from tests.robustness.records import crash_markdown, read_crashes
 
     return crash_markdown(read_crashes(RESULTS / "robustness" / "crashes.json"))
 
@@ -144,10 +132,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "tree_crowns_options": partial(runs, "tree_crowns_options"),
     "tree_crowns_options_losses": partial(losses, "tree_crowns_options"),
     "uptraining": partial(runs, "tree_crowns_uptraining"),
-    "attention_goals": attention_goals,
+    "attention_ratios": attention_ratios,
     "attention_numerics": attention_numerics,
     "model_zoo": model_zoo,
-    "peers": peers,
     "fuzz": fuzz,
     "crashes": crashes,
     "stability": stability,

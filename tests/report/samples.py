@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -10,8 +11,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from castling_det.analysis.benchmark import BenchmarkReport, BenchmarkRow, Timing
-from castling_det.analysis.benchmark.record import write_benchmark_json
 from castling_det.report.evaluation import evaluate_boxes
 from castling_det.report.record import METRICS
 from tests.report.records import MACHINE
@@ -167,9 +166,12 @@ def write_benchmark(root: Path, *, attention_options: str = "") -> Path:
         for side in sizes:
             tokens = side**2 if level == "core" else (side // 16) ** 2
             for variant, p50 in (("softmax", 1e-4 * tokens**2), ("linear", 2e-3 * tokens)):
-                timing = Timing(0.9 * p50, p50, 1.2 * p50, 5)
-                rows.append(BenchmarkRow(level, variant, passes, "float32", 1, side, side, tokens, "ok",
-                                         timing=timing, peak_mib=float(side), parity_ok=True))  # fmt: skip
-    report = BenchmarkReport(MACHINE, "tools/benchmark.py", "now", 32, 2, 2, str(root / "det_*_x.py"), tuple(rows))
-    write_benchmark_json(root / "benchmark.json", report)
+                timing = dict(p20_ms=0.9 * p50, p50_ms=p50, p80_ms=1.2 * p50, repeats=5)
+                rows.append(dict(
+                    level=level, variant=variant, passes=passes, dtype="float32", batch=1, height=side, width=side,
+                    tokens=tokens, status="ok", timing=timing, peak_mib=side, parity_ok=True,
+                ))  # fmt: skip
+    document = dict(machine=dataclasses.asdict(MACHINE), created_by="tools/benchmark.py", created_at="now",
+                    embed_dims=32, num_heads=2, depth=2, detector=str(root / "det_*_x.py"), rows=rows)  # fmt: skip
+    (root / "benchmark.json").write_text(json.dumps({"schema": "castling_det.benchmark/1", "benchmark": document}))
     return root / "benchmark.json"
