@@ -36,11 +36,6 @@ __all__ = [
     "read_picture",
 ]
 
-_COMPUTES = {
-    "softmax": "softmax alone",
-    "linear": "the linear branch alone",
-    "castling": "the linear branch, and in training the mask's part of softmax",
-}
 _CAPTION_KEY = "Description"
 """The PNG specification's own keyword for it."""
 
@@ -171,10 +166,10 @@ def capture(
     x, hw = seen[0][0], (int(seen[0][1][0]), int(seen[0][1][1]))
     if x.shape[0] != 1:
         raise ValueError(f"layer={name!r}: attends in {x.shape[0]} windows, not over the map; take a global layer")
-    mask = ((meta or {}).get("castling_det") or {}).get("mask")
-    note = "" if mask is None else "The checkpoint's own mask is empty."
-    if mask is not None and not mask["empty"]:
-        note = f"The checkpoint's own mask stood at {mask['threshold']:.4g} ({mask['threshold_unit']})."
+    mask, note = ((meta or {}).get("castling_det") or {}).get("mask"), ""
+    if mask is not None:
+        state = "is empty" if mask.get("empty") else f"stood at {mask['threshold']:.4g} ({mask['threshold_unit']})"
+        note = f"The checkpoint's own mask {state}."
     shape = network_shape(config, (picture.height, picture.width))
     stride = _stride(model.backbone, (batch.shape[-2], batch.shape[-1]), hw)
     return Capture(name, layers[name], layers[name].head_inputs(x, hw), hw, stride, picture, shape, note)
@@ -288,12 +283,10 @@ def _panels(
         return over_heads(values_BHN)[inputs.num_prefix_tokens :].reshape(inputs.key_hw)
 
     p_BHN, linear_BHN, divisor_BH1 = (
-        weights.softmax[:, :, index],
-        weights.linear[:, :, index],
-        weights.divisor[..., index, None],
+        x[:, :, index] for x in (weights.softmax, weights.linear, weights.divisor[..., None])
     )
-    softmax, top, unit = on_map(p_BHN), float(on_map(p_BHN).max()), f"probability; 1/N = {1 / num_keys:.2g}"
-    panels = [Panel("softmax", softmax, 0.0, top, unit)]
+    top, unit = float(on_map(p_BHN).max()), f"probability; 1/N = {1 / num_keys:.2g}"
+    panels = [Panel("softmax", on_map(p_BHN), 0.0, top, unit)]
     if layer.normalizer == "kernel":
         shown = on_map(linear_BHN / divisor_BH1)
         panels.append(Panel("linear-angular", shown, shown.min(), shown.max(), f"weight; 1/N = {1 / num_keys:.2g}"))
@@ -379,7 +372,6 @@ def _caption(
         f"{captured.name}, mode {layer.mode!r}, {queries} queries on {inputs.query_hw[0]} x {inputs.query_hw[1]}, "
         f"{keys} keys on {inputs.key_hw[0]} x {inputs.key_hw[1]}, "
         + (f"mean over {num_heads} heads." if head is None else f"head {head} of {num_heads}."),
-        f"This layer computes with {_COMPUTES[layer.mode]}.",
         f"The outlined token is the query: {places} of its grid.",
         f"Softmax: its probabilities over the keys, {'without' if inputs.bias is None else 'with'} position biases.",
         f"Linear-angular: {linear[layer.normalizer]}",
