@@ -75,9 +75,9 @@ class DenseAttention(CastlingAttention):
         p = torch.softmax(q.shape[-1] ** -0.5 * (q @ k.transpose(-2, -1)), dim=-1)
         mask = p > self.absolute_threshold(p.shape[-1])
         aux = MaskedSoftmax((p * mask) @ v, (p * mask).sum(dim=-1), mask.float().mean())
-        y: Tensor = linear_angular_attention(q, k, v, normalizer=self.normalizer, aux=aux).transpose(1, 2).flatten(-2)
+        y = linear_angular_attention(q, k, v, normalizer=self.normalizer, aux=aux)
         local: Tensor = self.dconv(qkv[..., 2 * self.dim :], hw)
-        return y + local
+        return y.transpose(1, 2).flatten(-2) + local
 
 
 @dataclass(frozen=True)
