@@ -29,7 +29,7 @@ def uptraining_steps(
     Raises:
         ValueError: a teacher's checkpoint or its test is missing; says how to get it.
     """
-    from castling_det.report.work_dir import find_checkpoint, read_test_metrics
+    from castling_det.report.work_dirs import find_checkpoint, read_test_metrics
 
     config = plan.config("castling-from-softmax" + ("-distilled" if distill else ""))
     steps: list[Step] = []

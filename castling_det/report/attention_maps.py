@@ -6,7 +6,7 @@ Shape suffixes as in `castling_det.ops`; R rows are those of the chosen query to
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +35,6 @@ __all__ = [
     "read_picture",
 ]
 
-_COMPUTES = {
-    "softmax": "softmax alone",
-    "linear": "the linear branch alone",
-    "castling": "the linear branch, and in training the mask's part of softmax",
-}
 _CAPTION_KEY = "Description"
 """The PNG specification's own keyword for it."""
 
@@ -163,10 +158,10 @@ def capture(
     x, hw = seen[0][0], (int(seen[0][1][0]), int(seen[0][1][1]))
     if x.shape[0] != 1:
         raise ValueError(f"layer={name!r}: attends in {x.shape[0]} windows, not over the map; take a global layer")
-    mask = ((meta or {}).get("castling_det") or {}).get("mask")
-    note = "" if mask is None else "The checkpoint's own mask is empty."
-    if mask is not None and not mask["empty"]:
-        note = f"The checkpoint's own mask stood at {mask['threshold']:.4g} ({mask['threshold_unit']})."
+    mask, note = ((meta or {}).get("castling_det") or {}).get("mask"), ""
+    if mask is not None:
+        state = "is empty" if mask.get("empty") else f"stood at {mask['threshold']:.4g} ({mask['threshold_unit']})"
+        note = f"The checkpoint's own mask {state}."
     shape = network_shape(config, (picture.height, picture.width))
     stride = _stride(model.backbone, (batch.shape[-2], batch.shape[-1]), hw)
     return Capture(name, layers[name], layers[name].head_inputs(x, hw), hw, stride, picture, shape, note)
@@ -280,12 +275,10 @@ def _panels(
         return over_heads(values_BHN)[inputs.num_prefix_tokens :].reshape(inputs.key_hw)
 
     p_BHN, linear_BHN, divisor_BH1 = (
-        weights.softmax[:, :, index],
-        weights.linear[:, :, index],
-        weights.divisor[..., index, None],
+        x[:, :, index] for x in (weights.softmax, weights.linear, weights.divisor[..., None])
     )
-    softmax, top, unit = on_map(p_BHN), float(on_map(p_BHN).max()), f"probability; 1/N = {1 / num_keys:.2g}"
-    panels = [Panel("softmax", softmax, 0.0, top, unit)]
+    top, unit = float(on_map(p_BHN).max()), f"probability; 1/N = {1 / num_keys:.2g}"
+    panels = [Panel("softmax", on_map(p_BHN), 0.0, top, unit)]
     if layer.options.normalizer == "kernel":
         shown = on_map(linear_BHN / divisor_BH1)
         panels.append(Panel("linear-angular", shown, shown.min(), shown.max(), f"weight; 1/N = {1 / num_keys:.2g}"))
@@ -296,7 +289,7 @@ def _panels(
         title = f"linear-angular\nl2 norm divides by {length:.3g}"
         panels.append(Panel(title, shown, -limit, limit, "cos/pi (+ 1/2 at own place)"))
     for threshold in limits:
-        kept = p_BHN > replace(layer.mask_state, threshold=threshold).absolute(num_keys)
+        kept = p_BHN > (threshold / num_keys if layer.mask_state.threshold_unit == "uniform" else threshold)
         fraction, mass = over_heads(kept.double()).mean(), over_heads(p_BHN * kept).sum()
         title = f"mask at {captured.threshold_text(threshold)}\nkeeps {fraction:.1%}, mass {mass:.2f}"
         shown = on_map(p_BHN * kept)
@@ -371,7 +364,6 @@ def _caption(
         f"{captured.name}, mode {layer.mode!r}, {queries} queries on {inputs.query_hw[0]} x {inputs.query_hw[1]}, "
         f"{keys} keys on {inputs.key_hw[0]} x {inputs.key_hw[1]}, "
         + (f"mean over {num_heads} heads." if head is None else f"head {head} of {num_heads}."),
-        f"This layer computes with {_COMPUTES[layer.mode]}.",
         f"The outlined token is the query: {places} of its grid.",
         f"Softmax: its probabilities over the keys, {'without' if inputs.bias is None else 'with'} position biases.",
         f"Linear-angular: {linear[layer.options.normalizer]}",

@@ -8,10 +8,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from castling_det.config import network_shape
 from castling_det.report.attention_maps import AttentionPicture, read_picture
 from castling_det.report.bootstrap import differences
 from castling_det.report.compare import latency_of, read_benchmark
-from castling_det.config import network_shape
 from castling_det.report.evaluation import Annotations, Found, match_boxes
 from castling_det.report.gallery import Row, gallery
 from castling_det.report.records import (

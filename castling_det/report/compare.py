@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from castling_det.report.configs import attention_of, load_config
+from castling_det.config import attention_of, load_config
 from castling_det.report.records import (
     Benchmark,
     BenchmarkRow,

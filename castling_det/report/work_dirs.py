@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
 
-from castling_det.report.configs import load_config
+from castling_det.config import load_config
 from castling_det.report.records import METRICS, MaskOccupancy, Series, read_json
 
 Row = dict[str, float | None]

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from castling_det.config import load_config
 from castling_det.report.build import build_report, read_latency
 from castling_det.report.compare import latency_of, read_benchmark, summaries
-from castling_det.report.configs import load_config
 from castling_det.report.evaluation import Annotations
 from castling_det.report.records import RunRecord, Series, read_report
 from castling_det.report.render import csv_text, duration, headline, html_page, loss_table, markdown, write_report

@@ -271,7 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     args = parse_args(given)
     from castling_det.files import write_json, write_text
-    from castling_det.report.machine import this_machine
+    from castling_det.report.records import this_machine
 
     try:
         rows: Sequence[Accuracy | Latency]

@@ -16,26 +16,16 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "results"
 BLOCK = re.compile(r"(<!-- begin table (\w+):[^\n]*-->\n).*?(<!-- end table -->)", re.DOTALL)
 
-sys.path.insert(0, str(ROOT / "tools"))
+sys.path.insert(0, str(ROOT))
 
-from test_stack import STACKS  # noqa: E402 - a script of tools/, which is no package
-
-from castling_det.analysis.benchmark import goals_markdown, machine_line, read_benchmark  # noqa: E402
-from castling_det.analysis.model_zoo import peers_markdown, read_zoo, zoo_markdown  # noqa: E402
-from castling_det.analysis.numerics import numerics_markdown, read_numerics  # noqa: E402
-from castling_det.analysis.robustness import crash_markdown, fuzz_markdown, read_crashes, read_fuzz  # noqa: E402
-from castling_det.export.evaluation import read_accuracy  # noqa: E402
-from castling_det.export.latency import read_latency  # noqa: E402
 from castling_det.files import write_text  # noqa: E402
 from castling_det.report.records import read_report  # noqa: E402
 from castling_det.report.render import headline, loss_table, markdown_table  # noqa: E402
-
-
-def attention_goals() -> str:
-    """Ratios of the benchmarks, with the machine line."""
-    reports = [read_benchmark(path) for path in sorted(RESULTS.glob("attention/*/benchmark.json"))]
-    machines = dict.fromkeys(machine_line(report.machine) for report in reports)
-    return goals_markdown(reports) + "\n" + "\n".join(machines) + "\n"
+from tests.robustness.records import crash_markdown, fuzz_markdown, read_crashes, read_fuzz  # noqa: E402
+from tools.benchmarks.attention import ratios_markdown, read_benchmark  # noqa: E402
+from tools.benchmarks.numerics import numerics_markdown, read_numerics  # noqa: E402
+from tools.dev.model_zoo import read_zoo, zoo_markdown  # noqa: E402
+from tools.dev.test_stack import STACKS  # noqa: E402
 
 
 def stacks() -> str:
@@ -80,14 +70,15 @@ def table(name: str) -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "attention_goals": attention_goals,
+    "attention_ratios": lambda: ratios_markdown(
+        [read_benchmark(path) for path in sorted(RESULTS.glob("attention/*/benchmark.json"))]
+    ),
     "attention_numerics": lambda: numerics_markdown(read_numerics(RESULTS / "attention" / "numerics.json")),
     "crashes": lambda: crash_markdown(read_crashes(RESULTS / "robustness" / "crashes.json")),
-    "deployed_latency": lambda: "\n".join(read_latency(p).markdown() for p in sorted(RESULTS.glob("*/*/latency.json"))),
-    "exports": lambda: "\n".join(read_accuracy(p).markdown() for p in sorted(RESULTS.glob("*/*/accuracy.json"))),
+    "deployed_latency": lambda: "\n".join(p.read_text() for p in sorted(RESULTS.glob("*/*/latency.md"))),
+    "exports": lambda: "\n".join(p.read_text() for p in sorted(RESULTS.glob("*/*/accuracy.md"))),
     "fuzz": lambda: fuzz_markdown(read_fuzz(RESULTS / "robustness" / "fuzz.json")),
     "model_zoo": lambda: zoo_markdown(read_zoo(RESULTS / "model_zoo.json")),
-    "peers": peers_markdown,
     "stability": stability,
     "stacks": stacks,
 }

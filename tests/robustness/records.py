@@ -1,26 +1,14 @@
-"""Records of the fuzz and of the kills, and their tables."""
+"""Records of the fuzz and of the kills, and their tables in docs/robustness.md."""
 
 from __future__ import annotations
 
-import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from castling_det.analysis.benchmark import machine_line
 from castling_det.report.records import Machine, read_document, write_document
 from castling_det.report.render import markdown_table
-
-__all__ = [
-    "CrashReport",
-    "CrashTarget",
-    "FuzzReport",
-    "FuzzTarget",
-    "crash_markdown",
-    "fuzz_markdown",
-    "read_crashes",
-    "read_fuzz",
-    "write_crashes",
-    "write_fuzz",
-]
+from tools.benchmarks.attention import machine_line
 
 _FUZZ_SCHEMA = "castling_det.fuzz/1"
 _CRASH_SCHEMA = "castling_det.crashes/1"
@@ -65,7 +53,7 @@ class CrashTarget:
     leftovers: int
     """Temporary files that kills left behind, never read as results."""
     bad: tuple[str, ...]
-    """A truncated file that was found under its final name, or another result: the kill's number, and what."""
+    """The number of a kill, and the torn file or the other result that it left."""
 
 
 @dataclass(frozen=True)
@@ -79,49 +67,41 @@ class CrashReport:
     targets: tuple[CrashTarget, ...]
 
 
-def write_fuzz(path: str | os.PathLike[str], report: FuzzReport) -> None:
+def write_fuzz(path: Path, report: FuzzReport) -> None:
     """Writes the record as JSON."""
     write_document(path, report, schema=_FUZZ_SCHEMA, field="report")
 
 
-def read_fuzz(path: str | os.PathLike[str]) -> FuzzReport:
+def read_fuzz(path: Path) -> FuzzReport:
     """Reads what `write_fuzz` wrote; raises ValueError for anything else."""
     return read_document(path, FuzzReport, schema=_FUZZ_SCHEMA, field="report", fix="run `make fuzz` again")
 
 
-def write_crashes(path: str | os.PathLike[str], report: CrashReport) -> None:
+def write_crashes(path: Path, report: CrashReport) -> None:
     """Writes the record as JSON."""
     write_document(path, report, schema=_CRASH_SCHEMA, field="report")
 
 
-def read_crashes(path: str | os.PathLike[str]) -> CrashReport:
+def read_crashes(path: Path) -> CrashReport:
     """Reads what `write_crashes` wrote; raises ValueError for anything else."""
     return read_document(path, CrashReport, schema=_CRASH_SCHEMA, field="report", fix="run `make crash-test` again")
 
 
 def fuzz_markdown(report: FuzzReport) -> str:
     """The table of a fuzz, with the command and the machine."""
-    rows = [
-        [target.name, *map(str, (target.cases, target.read, target.refused, len(target.failures)))]
-        for target in report.targets
-    ]
-    total = [sum(getattr(target, name) for target in report.targets) for name in ("cases", "read", "refused")]
-    failures = sum(len(target.failures) for target in report.targets)
-    rows.append(["all", *map(str, (*total, failures))])
+    counts = [(t.name, [t.cases, t.read, t.refused, len(t.failures)]) for t in report.targets]
     head = ["reader", "cases", "still valid", "refused by name", "anything else"]
-    note = f"`{report.command}`, {report.seconds:.0f} seconds of one core."
-    return "\n".join([*markdown_table(head, rows), "", note, "", machine_line(report.machine), ""])
+    return _table(head, counts, f"`{report.command}`, {report.seconds:.0f} seconds of one core.", report.machine)
 
 
 def crash_markdown(report: CrashReport) -> str:
     """The table of the kills, with the command and the machine."""
-    names = ("kills", "finished", "equal", "leftovers")
-    rows = [
-        [target.name, *(str(getattr(target, name)) for name in names), str(len(target.bad))]
-        for target in report.targets
-    ]
-    total = [str(sum(getattr(target, name) for target in report.targets)) for name in names]
-    rows.append(["all", *total, str(sum(len(target.bad) for target in report.targets))])
+    counts = [(t.name, [t.kills, t.finished, t.equal, t.leftovers, len(t.bad)]) for t in report.targets]
     head = ["command", "kills", "finished after it", "same result", "temporary files left", "bad files"]
-    note = f"`{report.command}`, {report.seconds / 60:.0f} minutes."
-    return "\n".join([*markdown_table(head, rows), "", note, "", machine_line(report.machine), ""])
+    return _table(head, counts, f"`{report.command}`, {report.seconds / 60:.0f} minutes.", report.machine)
+
+
+def _table(head: list[str], counts: Sequence[tuple[str, list[int]]], note: str, machine: Machine) -> str:
+    rows = [*counts, ("all", [sum(column) for column in zip(*(numbers for _, numbers in counts), strict=True)])]
+    body = [[name, *map(str, numbers)] for name, numbers in rows]
+    return "\n".join([*markdown_table(head, body), "", note, "", machine_line(machine), ""])

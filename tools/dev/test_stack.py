@@ -19,7 +19,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 ONEDL = ("onedl-mmengine", "onedl-mmcv", "onedl-mmdetection")
 SHOWN = ("torch", "torchvision", "numpy", "timm", "mmengine", "mmcv", "mmcv-lite", "mmdet", *ONEDL)
 
@@ -169,7 +169,7 @@ def main() -> int:
             **counts(junit),
             "seconds": round(time.monotonic() - began),
             "commit": tested,
-            "command": f"make test-stack STACK={args.stack}" + (f" PYTEST=\"{args.pytest}\"" if args.pytest else ""),
+            "command": f"make test-stack STACK={args.stack}" + (f' PYTEST="{args.pytest}"' if args.pytest else ""),
         }
         args.record.parent.mkdir(parents=True, exist_ok=True)
         args.record.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -15,7 +15,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 BUILD = "from setuptools import build_meta; print(build_meta.build_{kind}({target!r}))"
 
 
