@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from types import ModuleType
     from typing import Any
 
-__all__ = ["STAND_IN_ORIGIN", "ImportHook", "at_interpreter_start", "install", "is_installed"]
+__all__ = ["STAND_IN_ORIGIN", "ImportHook", "at_interpreter_start", "install"]
 
 CONFIGS, OPERATORS = "mmengine.config.utils", "mmcv._ext"
 STAND_IN_ORIGIN = "castling_det.compat"
@@ -27,13 +27,8 @@ def install() -> None:
     """Installs the hook once, however often it is called and from however many copies of the package."""
     if CONFIGS in sys.modules:
         register_configs(sys.modules[CONFIGS])
-    if not is_installed():
+    if not any(hasattr(finder, "castling_det_hook") for finder in sys.meta_path):
         sys.meta_path.insert(0, ImportHook())
-
-
-def is_installed() -> bool:
-    """Whether the hook is in place."""
-    return any(hasattr(finder, "castling_det_hook") for finder in sys.meta_path)
 
 
 def at_interpreter_start() -> None:

@@ -28,125 +28,70 @@ _OUTSIDE = -1e4
 """An offset that leads outside of every feature map, where samples are zero."""
 
 
-def deform_conv_forward(
-    input: Tensor, weight: Tensor, offset: Tensor, output: Tensor, columns: Tensor, ones: Tensor, **sizes: int
-) -> None:
-    """Writes the convolution to `output`, (B, C_out, H_out, W_out)."""
+def deform_conv_forward(*tensors: Tensor, **sizes: int) -> None:
+    """Takes input, weight, offset, output, columns, ones. Writes output, (B, C_out, H_out, W_out)."""
+    input, weight, offset, output, *_ = tensors
     output.copy_(_forward(input, weight, offset, None, None, _geometry(sizes, _PLAIN)))
 
 
-def deform_conv_backward_input(
-    input: Tensor,
-    offset: Tensor,
-    gradOutput: Tensor,
-    gradInput: Tensor,
-    gradOffset: Tensor,
-    weight: Tensor,
-    columns: Tensor,
-    **sizes: int,
-) -> None:
-    """Adds the gradients of input and offset to `gradInput` and `gradOffset`."""
-    gradients = _backward(gradOutput, input, weight, offset, None, None, _geometry(sizes, _PLAIN))
-    gradInput += gradients[0]
-    gradOffset += gradients[2]
+def deform_conv_backward_input(*tensors: Tensor, **sizes: int) -> None:
+    """Takes input, offset, grad_output, grad_input, grad_offset, weight, columns. Adds to the gradients."""
+    input, offset, grad_output, grad_input, grad_offset, weight, _ = tensors
+    gradients = _backward(grad_output, input, weight, offset, None, None, _geometry(sizes, _PLAIN))
+    grad_input += gradients[0]
+    grad_offset += gradients[2]
 
 
-def deform_conv_backward_parameters(
-    input: Tensor,
-    offset: Tensor,
-    gradOutput: Tensor,
-    gradWeight: Tensor,
-    columns: Tensor,
-    ones: Tensor,
-    scale: float,
-    **sizes: int,
-) -> None:
-    """Adds `scale` times the gradient of the weight to `gradWeight`."""
+def deform_conv_backward_parameters(*tensors: Tensor, scale: float, **sizes: int) -> None:
+    """Takes input, offset, grad_output, grad_weight, columns, ones. Adds `scale` times the gradient to grad_weight."""
+    input, offset, grad_output, grad_weight, *_ = tensors
     # The output is linear in the weight, so its gradient does not depend on the weight's value.
-    zeros = torch.zeros_like(gradWeight)
-    gradWeight += scale * _backward(gradOutput, input, zeros, offset, None, None, _geometry(sizes, _PLAIN))[1]
+    zeros = torch.zeros_like(grad_weight)
+    grad_weight += scale * _backward(grad_output, input, zeros, offset, None, None, _geometry(sizes, _PLAIN))[1]
 
 
-def modulated_deform_conv_forward(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    ones: Tensor,
-    offset: Tensor,
-    mask: Tensor,
-    output: Tensor,
-    columns: Tensor,
-    *,
-    with_bias: bool,
-    **sizes: int,
-) -> None:
-    """Writes the convolution; `mask` (B, deformable_group * kH * kW, H_out, W_out) weights its samples."""
+def modulated_deform_conv_forward(*tensors: Tensor, with_bias: bool, **sizes: int) -> None:
+    """Takes input, weight, bias, ones, offset, mask, output, columns. Writes the convolution to output.
+
+    The mask, (B, deformable_group * kH * kW, H_out, W_out), weights its samples.
+    """
+    input, weight, bias, _, offset, mask, output, _ = tensors
     output.copy_(_forward(input, weight, offset, mask, bias if with_bias else None, _geometry(sizes, _MODULATED)))
 
 
-def modulated_deform_conv_backward(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    ones: Tensor,
-    offset: Tensor,
-    mask: Tensor,
-    columns: Tensor,
-    grad_input: Tensor,
-    grad_weight: Tensor,
-    grad_bias: Tensor,
-    grad_offset: Tensor,
-    grad_mask: Tensor,
-    grad_output: Tensor,
-    *,
-    with_bias: bool,
-    **sizes: int,
-) -> None:
-    """Adds every gradient to its `grad_*` tensor."""
+def modulated_deform_conv_backward(*tensors: Tensor, with_bias: bool, **sizes: int) -> None:
+    """Takes input, weight, bias, ones, offset, mask, columns, the gradients of five of them, and that of the output.
+
+    The five are those of input, weight, bias, offset and mask; each is added to.
+    """
+    input, weight, bias, _, offset, mask, _, of_input, of_weight, of_bias, of_offset, of_mask, grad_output = tensors
     geometry = _geometry(sizes, _MODULATED)
     gradients = _backward(grad_output, input, weight, offset, mask, bias if with_bias else None, geometry)
-    totals = [grad_input, grad_weight, grad_offset, grad_mask, *([grad_bias] if with_bias else [])]
+    totals = [of_input, of_weight, of_offset, of_mask, *([of_bias] if with_bias else [])]
     for total, gradient in zip(totals, gradients, strict=False):
         total += gradient
 
 
 def ms_deform_attn_forward(
-    value: Tensor,
-    value_spatial_shapes: Tensor,
-    value_level_start_index: Tensor,
-    sampling_locations: Tensor,
-    attention_weights: Tensor,
-    im2col_step: int,
+    value: Tensor, shapes: Tensor, level_starts: Tensor, locations: Tensor, weights: Tensor, im2col_step: int
 ) -> Tensor:
     """Multi-scale deformable attention, (B, queries, heads * K), by MMCV's own torch function."""
     # Imported late: mmcv.ops is what loads this module.
     from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch
 
-    shapes = value_spatial_shapes.tolist()  # once, not one synchronisation for each level
-    output: Tensor = multi_scale_deformable_attn_pytorch(value, shapes, sampling_locations, attention_weights)
+    # A list once, not one synchronisation for each level.
+    output: Tensor = multi_scale_deformable_attn_pytorch(value, shapes.tolist(), locations, weights)
     return output
 
 
-def ms_deform_attn_backward(
-    value: Tensor,
-    value_spatial_shapes: Tensor,
-    value_level_start_index: Tensor,
-    sampling_locations: Tensor,
-    attention_weights: Tensor,
-    grad_output: Tensor,
-    grad_value: Tensor,
-    grad_sampling_loc: Tensor,
-    grad_attn_weight: Tensor,
-    im2col_step: int,
-) -> None:
-    """Adds the gradients of value, locations and weights to the `grad_*` tensors."""
+def ms_deform_attn_backward(*tensors: Tensor, im2col_step: int) -> None:
+    """Takes forward's tensors, grad_output, and the gradients of value, locations and weights, which it adds to."""
+    value, shapes, level_starts, locations, weights, grad_output, *totals = tensors
     with torch.enable_grad():
-        leaves = [t.detach().requires_grad_() for t in (value, sampling_locations, attention_weights)]
-        output = ms_deform_attn_forward(
-            leaves[0], value_spatial_shapes, value_level_start_index, leaves[1], leaves[2], im2col_step
-        )
+        leaves = tuple(tensor.detach().requires_grad_() for tensor in (value, locations, weights))
+        output = ms_deform_attn_forward(leaves[0], shapes, level_starts, leaves[1], leaves[2], im2col_step)
         gradients = torch.autograd.grad(output, leaves, grad_output)
-    for total, gradient in zip((grad_value, grad_sampling_loc, grad_attn_weight), gradients, strict=True):
+    for total, gradient in zip(totals, gradients, strict=True):
         total += gradient
 
 

@@ -5,6 +5,8 @@ Feature maps are (B, C, H, W), RoIs (K, 5) as batch index, x1, y1, x2, y2.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torchvision.ops  # noqa: F401  # registers the kernels called below
 from torch import Tensor
@@ -15,45 +17,27 @@ MAXIMUM = 0
 
 
 def roi_align_forward(
-    input: Tensor,
-    rois: Tensor,
-    output: Tensor,
-    argmax_y: Tensor,
-    argmax_x: Tensor,
-    aligned_height: int,
-    aligned_width: int,
-    spatial_scale: float,
-    sampling_ratio: int,
-    pool_mode: int,
-    aligned: bool,
+    input: Tensor, rois: Tensor, output: Tensor, argmax_y: Tensor, argmax_x: Tensor, **sizes: Any
 ) -> None:
     """Writes the average of each bin's samples to `output`, (K, C, aligned_height, aligned_width)."""
-    if pool_mode == MAXIMUM:
+    if sizes["pool_mode"] == MAXIMUM:
         raise NotImplementedError(
             "roi_align with pool_mode='max' needs mmcv's compiled operators; use 'avg', the default."
         )
     work = _work_dtype(input)
-    sizes = (spatial_scale, aligned_height, aligned_width, sampling_ratio, aligned)
-    output.copy_(torch.ops.torchvision.roi_align(input.to(work), rois.to(work), *sizes))
+    names = ("spatial_scale", "aligned_height", "aligned_width", "sampling_ratio", "aligned")
+    numbers = [sizes[name] for name in names]
+    output.copy_(torch.ops.torchvision.roi_align(input.to(work), rois.to(work), *numbers))
 
 
 def roi_align_backward(
-    grad_output: Tensor,
-    rois: Tensor,
-    argmax_y: Tensor,
-    argmax_x: Tensor,
-    grad_input: Tensor,
-    aligned_height: int,
-    aligned_width: int,
-    spatial_scale: float,
-    sampling_ratio: int,
-    pool_mode: int,
-    aligned: bool,
+    grad_output: Tensor, rois: Tensor, argmax_y: Tensor, argmax_x: Tensor, grad_input: Tensor, **sizes: Any
 ) -> None:
     """Adds the gradient of the feature map to `grad_input`, (B, C, H, W)."""
     work = _work_dtype(grad_output)
-    sizes = (spatial_scale, aligned_height, aligned_width, *grad_input.shape, sampling_ratio, aligned)
-    grad_input += torch.ops.torchvision._roi_align_backward(grad_output.to(work), rois.to(work), *sizes)
+    scale, height, width = (sizes[name] for name in ("spatial_scale", "aligned_height", "aligned_width"))
+    numbers = (scale, height, width, *grad_input.shape, sizes["sampling_ratio"], sizes["aligned"])
+    grad_input += torch.ops.torchvision._roi_align_backward(grad_output.to(work), rois.to(work), *numbers)
 
 
 def roi_pool_forward(
@@ -61,6 +45,7 @@ def roi_pool_forward(
     rois: Tensor,
     output: Tensor,
     argmax: Tensor,
+    *,
     pooled_height: int,
     pooled_width: int,
     spatial_scale: float,
@@ -84,15 +69,7 @@ def roi_pool_forward(
         output[index], argmax[index] = best.masked_fill(empty, 0), place.masked_fill(empty, -1).to(argmax.dtype)
 
 
-def roi_pool_backward(
-    grad_output: Tensor,
-    rois: Tensor,
-    argmax: Tensor,
-    grad_input: Tensor,
-    pooled_height: int,
-    pooled_width: int,
-    spatial_scale: float,
-) -> None:
+def roi_pool_backward(grad_output: Tensor, rois: Tensor, argmax: Tensor, grad_input: Tensor, **sizes: float) -> None:
     """Adds each bin's gradient to the cell of `grad_input`, (B, C, H, W), that was its maximum."""
     _, channels, height, width = grad_input.shape
     planes = rois[:, :1].long() * channels + torch.arange(channels, device=rois.device)

@@ -1,6 +1,6 @@
 """What MMDetection's registry builds: backbones, necks, heads, and a detector with a teacher."""
 
-from castling_det.compat import check_host
+from castling_det.compat.host import check_host
 
 # First, because the imports below need MMDetection: a missing or unsupported one gets an error that says what to do.
 check_host()

@@ -7,7 +7,8 @@ from importlib.metadata import PackageNotFoundError
 
 import pytest
 
-from castling_det.compat import check_host, host, host_problems, host_warnings
+from castling_det.compat import host
+from castling_det.compat.host import check_host, host_problems, host_warnings
 
 ONEDL = {"onedl-mmengine": "0.10.12", "onedl-mmcv": "2.3.6", "onedl-mmdetection": "3.5.1"}
 UPSTREAM = {"mmengine": "0.10.7", "mmcv-lite": "2.1.0", "mmdet": "3.3.0"}
