@@ -10,7 +10,7 @@ import re
 
 from torch import Tensor
 
-from castling_det.layers.relative_position import resized_table
+from castling_det.layers.mvit import resized_table
 
 __all__ = ["drop_reason", "fits", "renamed", "resize_tables", "unknown_message"]
 

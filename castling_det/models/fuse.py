@@ -11,7 +11,7 @@ from timm.layers import LayerScale
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from castling_det.layers import CastlingBlock, ConvNorm, LinearNorm
+from castling_det.layers import CastlingBlock, fuse_norms
 
 __all__ = ["fuse_detector"]
 
@@ -34,11 +34,9 @@ def fuse_detector(model: nn.Module) -> None:
     training = [name for name, part in model.named_modules() if isinstance(part, _NORMS) and part.training]
     if training:
         raise ValueError(f"{training[0]}: is in training mode; call eval() on the model before its norms are fused")
+    fuse_norms(model)
     for part in list(model.modules()):
         children = list(part.named_children())
-        for name, child in children:
-            if isinstance(child, (LinearNorm, ConvNorm)):
-                setattr(part, name, _folded(child.linear, child.bn))
         for (name, layer), (norm_name, norm) in pairwise(children if isinstance(part, nn.Sequential) else []):
             if type(layer) in (nn.Conv2d, nn.Linear) and isinstance(norm, _NORMS):
                 setattr(part, name, _folded(layer, norm))

@@ -220,7 +220,7 @@ def test_errors_name_the_field(options, message):
 
 
 def test_wrong_hw_is_refused():
-    with pytest.raises(ValueError, match=r"x: expected \(B, 0 \+ 4 \* 4, 24\)"):
+    with pytest.raises(ValueError, match=r"x: expected \(B, 4 \* 4, 24\)"):
         CastlingAttention(24, 3)(torch.zeros(1, 15, 24), (4, 4))
 
 

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from castling_det.layers import ATTENTION_MODES, PooledAttention
-from castling_det.layers.relative_position import relative_position_logits
+from castling_det.layers.mvit import relative_position_logits
 from castling_det.ops import naive
 from castling_det.report.complexity import count_macs
 from tests.compare import assert_parity, errors
