@@ -34,10 +34,11 @@ def test_vit_equals_timm():
 
 
 def levit_and_ours(arch):
-    reference = randomised(timm.create_model(f"levit_{arch.lower()}", num_classes=0).double())
+    reference = timm.create_model(f"levit_{arch.lower()}", num_classes=0).double()
     ours = CastlingLeViT(arch, attention="softmax").double()
     missing, unexpected = ours.load_state_dict(reference.state_dict(), strict=False)
     assert not unexpected and all(name.endswith(".dconv.weight") for name in missing)
+    ours.load_state_dict(randomised(reference).state_dict(), strict=False)
     return reference, ours
 
 
@@ -50,6 +51,12 @@ def levit_maps(reference, x):
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_levits_architectures_are_timms(arch):
+    with torch.device("meta"):
+        levit_and_ours(arch)
+
+
+@pytest.mark.parametrize("arch", ["128S", "192"])
 def test_levit_equals_timm_at_224(arch):
     reference, ours = (model.eval() for model in levit_and_ours(arch))
     x = image(224, 224, batch=1, dtype=torch.float64)
