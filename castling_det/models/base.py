@@ -40,20 +40,20 @@ class CastlingBackbone(BaseModule):
 
     Attributes:
         out_channels: channels of each returned map. out_strides: stride of each in pixels.
-        size_divisor: height and width of an image are padded to multiples of it.
+        size_divisor: sides of images are padded to multiples of it.
+        stem_names: modules and parameters before the first stage.
     """
 
     out_channels: list[int]
     out_strides: list[int]
     size_divisor: int
     stem_names: tuple[str, ...]
-    """Modules and parameters before the first stage, those that this backbone has."""
 
     def __init__(
         self,
-        *,
         attention: str,
         attn_cfg: dict[str, Any] | None,
+        *,
         frozen_stages: int,
         with_cp: bool,
         pad_input: bool,
@@ -103,8 +103,10 @@ class CastlingBackbone(BaseModule):
     def _frozen_parts(self) -> list[nn.Module | nn.Parameter]:
         if self.frozen_stages < 0:
             return []
-        stem = [getattr(self, name) for name in self.stem_names if hasattr(self, name)]
-        return [*stem, *self._stages()[: self.frozen_stages]]
+        return [*self._existing(*self.stem_names), *self._stages()[: self.frozen_stages]]
+
+    def _existing(self, *names: str) -> list[Any]:
+        return [getattr(self, name) for name in names if hasattr(self, name)]
 
     def _freeze(self) -> None:
         count = len(self._stages())

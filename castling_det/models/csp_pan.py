@@ -22,18 +22,17 @@ __all__ = ["CSPPAN"]
 class CSPPAN(BaseModule):
     """Brings all maps to C channels, mixes them top-down and bottom-up, and adds a level above if one is asked for.
 
-    The extra level (stride 64 above 8, 16, 32) is the sum of two depthwise separable convolutions of stride 2: of the
-    topmost input and of the topmost output. A backbone that has a map of that stride gives it as a fourth input, with
-    `num_outs` equal to their number: then nothing is added and the network mixes all four.
+    The extra level (stride 64 above 8, 16, 32) is the sum of two depthwise separable convolutions of stride 2, of the
+    topmost input and of the topmost output. A backbone with a map of stride 64 gives it as a fourth input, with
+    `num_outs=4`: then nothing is added and the network mixes all four.
 
     Args:
         in_channels: channels of each of the backbone's maps, finest first, each of twice the stride of the one before.
         out_channels: channels C of every level, even; published: 96 (S), 128 (M), 160 (L).
-        num_outs: number of levels: that of the maps, or one more.
+        num_outs: number of levels: as many as there are maps, or one more.
         kernel_size: odd size of the depthwise kernels.
         num_csp_blocks: bottlenecks in each of the cross-stage blocks.
-        norm_cfg: mmcv's; None is BatchNorm with torch's defaults, as published.
-        act_cfg: mmcv's; None is hard swish, as in the published configuration (its first version had leaky ReLU).
+        norm_cfg, act_cfg: mmcv's; None is the published one, BatchNorm with torch's defaults and hard swish.
         init_cfg: mmengine's; None is the published Kaiming uniform initialisation.
     """
 
@@ -83,10 +82,7 @@ class CSPPAN(BaseModule):
             self.extra_from_output = downsample()
 
     def forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Maps (B, in_channels[i], H_i, W_i), finest first, to `num_outs` maps (B, C, H_i, W_i) in the same order.
-
-        The extra level is (B, C, ceil(H / 2), ceil(W / 2)) for the topmost input's H x W.
-        """
+        """Maps (B, in_channels[i], H_i, W_i), finest first, to `num_outs` maps (B, C, H_i, W_i) in the same order."""
         if len(inputs) != len(self.in_channels):
             raise ValueError(
                 f"inputs: expected {len(self.in_channels)} maps, one for each of in_channels={self.in_channels}, "
@@ -95,7 +91,7 @@ class CSPPAN(BaseModule):
         reduced = [layer(x) for layer, x in zip(self.reduce, inputs, strict=True)]
         inner = reduced[-1:]
         for mixer, lateral in zip(self.top_down, reversed(reduced[:-1]), strict=True):
-            # By size and not by factor: a side of 13 is 7 a level above, and twice that is 14.
+            # By size, not by a factor of two: a side of 13 has 7 a level above, and twice 7 is 14.
             above = F.interpolate(inner[0], size=lateral.shape[-2:], mode="nearest")
             inner.insert(0, mixer(torch.cat([above, lateral], dim=1)))
         outputs = inner[:1]
@@ -107,10 +103,7 @@ class CSPPAN(BaseModule):
 
 
 class _CSPLayer(CSPLayer):
-    """MMDetection's cross-stage partial layer, 2 C channels to C, with depthwise bottlenecks without identity.
-
-    MMDetection's own bottlenecks are 3x3.
-    """
+    """MMDetection's cross-stage partial layer, 2 C channels to C; the bottlenecks are depthwise, without identity."""
 
     def __init__(self, channels: int, kernel_size: int, num_blocks: int, style: dict[str, Any]) -> None:
         super().__init__(2 * channels, channels, num_blocks=0, **style)

@@ -11,6 +11,7 @@ from mmdet.models.detectors import SingleStageDetector
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from castling_det.models.pico_head import flattened
 from castling_det.registry import MODELS, WEIGHT_INITIALIZERS
 
 __all__ = ["DistilledSingleStage", "box_loss", "feature_loss", "score_loss"]
@@ -28,20 +29,15 @@ class DistilledSingleStage(SingleStageDetector):
 
     Args:
         distillation: `checkpoint`, a file of the softmax training, and the weights of the losses `features` (maps of
-            the neck), `scores` and `boxes` (outputs of the head), each 1 by default; 0 leaves a loss out.
+            the neck), `scores` and `boxes` (outputs of the head), each 1 by default; 0 leaves a loss out. A missing or
+            unfit checkpoint is a ValueError with the first batch.
         detector: the arguments of `SingleStageDetector`.
-
-    Raises:
-        ValueError: unknown or negative weights, a backbone without `attention`; with the first batch, no checkpoint, or
-            the checkpoint of another detector.
     """
 
-    def __init__(
-        self, *, distillation: dict[str, Any], init_cfg: dict[str, Any] | None = None, **detector: Any
-    ) -> None:
+    def __init__(self, *, distillation: dict[str, Any], **detector: Any) -> None:
         # Copied first: MMDetection writes into the config of the head.
         teacher = copy.deepcopy(detector)
-        super().__init__(init_cfg=init_cfg, **detector)
+        super().__init__(**detector)
         weights = {**_DEFAULT_WEIGHTS, **distillation}
         self._checkpoint = str(weights.pop("checkpoint", ""))
         if set(weights) != set(_DEFAULT_WEIGHTS) or not all(weight >= 0 for weight in weights.values()):
@@ -77,13 +73,13 @@ class DistilledSingleStage(SingleStageDetector):
             scores, boxes, *_ = teacher.bbox_head(features)
         own_scores, own_boxes, *_ = seen["outputs"]
         bins = getattr(self.bbox_head, "reg_max", -1) + 1
-        if self._weights["features"]:
-            losses["loss_distill_features"] = self._weights["features"] * feature_loss(seen["features"], features)
-        if self._weights["scores"]:
-            losses["loss_distill_scores"] = self._weights["scores"] * score_loss(own_scores, scores)
-        if self._weights["boxes"]:
-            losses["loss_distill_boxes"] = self._weights["boxes"] * box_loss(own_boxes, boxes, scores, bins=bins)
-        return losses
+        terms = {
+            "features": lambda: feature_loss(seen["features"], features),
+            "scores": lambda: score_loss(own_scores, scores),
+            "boxes": lambda: box_loss(own_boxes, boxes, scores, bins=bins),
+        }
+        distilled = {name: weight * terms[name]() for name, weight in self._weights.items() if weight}
+        return losses | {f"loss_distill_{name}": loss for name, loss in distilled.items()}
 
     def _loaded_teacher(self, device: torch.device) -> nn.Module:
         if not self._teacher:
@@ -106,9 +102,8 @@ def feature_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor
 
 
 def score_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-    """Cross entropy of the sigmoids of (B, classes, H, W), weighted by their squared difference as in quality focal
-    loss, for each object that the teacher sees."""
-    own, other = _flat(student), _flat(teacher).sigmoid()
+    """Quality focal loss (gamma 2) of the logits (B, classes, H, W) against the teacher's probabilities, per object."""
+    own, other = flattened(student), flattened(teacher).sigmoid()
     entropy = F.binary_cross_entropy_with_logits(own, other, reduction="none")
     return (entropy * (own.sigmoid() - other).square()).sum() / _objects(other)
 
@@ -124,18 +119,13 @@ def box_loss(
         bins: values of the distribution of each side, compared by Kullback-Leibler divergence. 0: the outputs are no
             distributions and are compared by smooth L1.
     """
-    own, other, scores = _flat(student), _flat(teacher), _flat(teacher_scores).sigmoid()
+    own, other, scores = flattened(student), flattened(teacher), flattened(teacher_scores).sigmoid()
     if bins and own.shape[-1] == 4 * bins:
         own, other = (x.unflatten(-1, (4, bins)).log_softmax(dim=-1) for x in (own, other))
         difference = F.kl_div(own, other, reduction="none", log_target=True).sum(dim=-1).mean(dim=-1)
     else:
         difference = F.smooth_l1_loss(own, other, reduction="none").mean(dim=-1)
     return (difference * scores.amax(dim=-1)).sum() / _objects(scores)
-
-
-def _flat(levels: Sequence[Tensor]) -> Tensor:
-    """(B, C, H, W) of all levels as (B, places, C)."""
-    return torch.cat([level.flatten(2).transpose(1, 2) for level in levels], dim=1)
 
 
 def _objects(scores: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from timm.models.levit import ConvNorm, LinearNorm
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from castling_det.layers import CastlingBlock
+from castling_det.layers import CastlingBlock, fuse_norms
 
 __all__ = ["fuse_detector"]
 
@@ -35,19 +35,18 @@ def fuse_detector(model: nn.Module) -> None:
     training = [name for name, part in model.named_modules() if isinstance(part, _NORMS) and part.training]
     if training:
         raise ValueError(f"{training[0]}: is in training mode; call eval() on the model before its norms are fused")
+    fuse_norms(model)
     for part in list(model.modules()):
-        if isinstance(part, ConvModule):
-            _fuse_conv_module(part)
-        elif isinstance(part, CastlingBlock):
-            _fuse_layer_scales(part)
         children = list(part.named_children())
-        for name, child in children:
-            if isinstance(child, (LinearNorm, ConvNorm)):
-                setattr(part, name, _folded(child.linear, child.bn))
         for (name, layer), (norm_name, norm) in pairwise(children if isinstance(part, nn.Sequential) else []):
             if type(layer) in (nn.Conv2d, nn.Linear) and isinstance(norm, _NORMS):
                 setattr(part, name, _folded(layer, norm))
                 setattr(part, norm_name, nn.Identity())
+        if isinstance(part, ConvModule):
+            _fuse_conv_module(part)
+        elif isinstance(part, CastlingBlock):
+            for name, linear in (("ls1", part.attn.proj), ("ls2", part.mlp.fc2)):
+                _fuse_layer_scale(part, name, linear)
 
 
 def _folded(layer: Any, norm: Any) -> nn.Module:
@@ -64,12 +63,11 @@ def _fuse_conv_module(module: ConvModule) -> None:
         module.with_norm, module.norm_name, module.with_bias = False, None, True
 
 
-def _fuse_layer_scales(block: CastlingBlock) -> None:
-    for name, layer in (("ls1", block.attn.proj), ("ls2", block.mlp.fc2)):
-        scale = getattr(block, name)
-        if isinstance(scale, LayerScale):
-            with torch.no_grad():
-                for parameter in layer.parameters():
-                    # The weight is (out, in), the bias (out,): both scale by row.
-                    parameter.mul_(scale.gamma.unflatten(0, (-1, *[1] * (parameter.dim() - 1))))
-            setattr(block, name, nn.Identity())
+@torch.no_grad()
+def _fuse_layer_scale(block: CastlingBlock, name: str, linear: nn.Linear) -> None:
+    scale = getattr(block, name)
+    if isinstance(scale, LayerScale):
+        linear.weight.mul_(scale.gamma[:, None])
+        if linear.bias is not None:
+            linear.bias.mul_(scale.gamma)
+        setattr(block, name, nn.Identity())

@@ -15,16 +15,16 @@ __all__ = ["ARCHITECTURES", "CastlingLeViT", "LeViTArchitecture"]
 
 
 class LeViTArchitecture(NamedTuple):
-    """The visible numbers of a LeViT, stage by stage."""
+    """Channels, heads and blocks of each stage, and the channels of a head's queries and keys in all of them.
+
+    A head's values have twice as many. The attention that subsamples between stages has C / key_dim heads, C being the
+    channels of the stage before, and values four times as wide as keys.
+    """
 
     embed_dims: tuple[int, ...]
-    """Channels C."""
     num_heads: tuple[int, ...]
-    """Heads of the blocks. Between stages there are C / key_dim of them, C of the stage before."""
     depths: tuple[int, ...]
-    """Blocks after the subsampling."""
     key_dim: int
-    """Channels of a head's queries and keys; its values have twice, between stages four times as many."""
 
 
 ARCHITECTURES = {
@@ -38,7 +38,6 @@ ARCHITECTURES = {
 _STEM_STRIDE = 16
 _SUBSAMPLING = 2
 _BLOCK_VALUES, _SUBSAMPLING_VALUES = 2.0, 4.0
-"""Channels of a head's values over those of its keys."""
 
 
 @MODELS.register_module()
@@ -84,12 +83,7 @@ class CastlingLeViT(CastlingBackbone):
         init_cfg: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(
-            attention=attention,
-            attn_cfg=attn_cfg,
-            frozen_stages=frozen_stages,
-            with_cp=with_cp,
-            pad_input=pad_input,
-            init_cfg=init_cfg,
+            attention, attn_cfg, frozen_stages=frozen_stages, with_cp=with_cp, pad_input=pad_input, init_cfg=init_cfg
         )
         architecture = resolved_architecture(arch, ARCHITECTURES, LeViTArchitecture)
         _check_architecture(architecture)

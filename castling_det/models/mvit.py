@@ -16,16 +16,15 @@ __all__ = ["ARCHITECTURES", "CastlingMViT", "MViTArchitecture"]
 
 
 class MViTArchitecture(NamedTuple):
-    """Four visible numbers of an MViTv2."""
+    """Blocks of each stage; channels, heads, and the pooling stride of keys and values in the first stage.
+
+    Each further stage halves the map in its first block, doubles channels and heads, and halves the stride down to 1.
+    """
 
     depths: tuple[int, ...]
-    """Blocks of each stage. From the second stage on, the first block halves the map."""
     embed_dims: int = 96
-    """Channels of the first stage; each further stage doubles them."""
     num_heads: int = 1
-    """Heads of the first stage; each further stage doubles them."""
     stride_kv: int = 4
-    """Pooling stride of keys and values in the first stage; each further stage halves it, down to 1."""
 
 
 ARCHITECTURES = {
@@ -82,12 +81,7 @@ class CastlingMViT(CastlingBackbone):
         init_cfg: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(
-            attention=attention,
-            attn_cfg=attn_cfg,
-            frozen_stages=frozen_stages,
-            with_cp=with_cp,
-            pad_input=pad_input,
-            init_cfg=init_cfg,
+            attention, attn_cfg, frozen_stages=frozen_stages, with_cp=with_cp, pad_input=pad_input, init_cfg=init_cfg
         )
         architecture = resolved_architecture(arch, ARCHITECTURES, MViTArchitecture)
         depths, embed_dims, num_heads, stride_kv = architecture

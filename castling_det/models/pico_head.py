@@ -16,17 +16,16 @@ from torch import Tensor, nn
 
 from castling_det.registry import MODELS
 
-__all__ = ["PicoHead"]
+__all__ = ["PicoHead", "flattened"]
 
 
 @MODELS.register_module()
 class PicoHead(GFLHead):
-    """A GFL head with towers of its own for each level, points as priors, and labels assigned from the predictions.
+    """A GFL head with separate towers for each level, points as priors, and labels assigned from the predictions.
 
-    A box is four distances from its point, in strides, each the expectation of a distribution over 0 to `reg_max`.
-    Prediction is `GFLHead`'s; the detector's `type` is `GFL` or any other single-stage one. The loss takes the IoU of
-    a positive's box as the varifocal target of its class; GIoU and distribution focal loss of the positives are
-    weighted by their highest score.
+    A box is four distances from its point, in strides; each is the expectation of a distribution over 0 to `reg_max`.
+    Prediction is `GFLHead`'s, so the detector's `type` is `GFL`. The varifocal target of a positive's class is the IoU
+    of its box; GIoU and distribution focal loss of the positives are weighted by their highest score.
 
     Args:
         num_classes: classes K, background not counted.
@@ -38,11 +37,9 @@ class PicoHead(GFLHead):
         strides: of the levels in pixels.
         cell_offset: place of the point in its cell, in strides.
         reg_max: largest distance in strides; the distributions have one bin more.
-        norm_cfg: mmcv's; None is BatchNorm with torch's defaults, as published.
-        act_cfg: mmcv's; None is hard swish, as published.
-        loss_cls: takes (P, K) logits and targets as `VarifocalLoss` does, the default with weight 1.
-        loss_dfl: None is `DistributionFocalLoss` with weight 0.25, as published.
-        loss_bbox: None is `GIoULoss` with weight 2, as published.
+        norm_cfg, act_cfg: mmcv's; None is the published one, BatchNorm with torch's defaults and hard swish.
+        loss_cls, loss_dfl, loss_bbox: None is the published one, varifocal with weight 1, distribution focal with
+            weight 0.25, GIoU with weight 2.
         train_cfg: `assigner`, one that assigns from `scores` and `bboxes`; published: `VarifocalSimOTAAssigner`.
         test_cfg: MMDetection's of a dense head.
         init_cfg: mmengine's; None is the published one: normal of 0.01, and scores that start at 0.01.
@@ -127,9 +124,9 @@ class PicoHead(GFLHead):
         )
 
     def forward(self, x: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Maps (B, in_channels, H, W) of each level to logits of the scores, (B, K, H, W), and of the distributions.
+        """Maps (B, in_channels, H, W) of each level to logits, at least float32.
 
-        The latter are (B, 4 * (reg_max + 1), H, W), left, top, right, bottom. Both are at least float32.
+        Scores are (B, K, H, W), distributions (B, 4 * (reg_max + 1), H, W) for left, top, right, bottom.
         """
         if len(x) != len(self.gfl_cls):
             raise ValueError(
@@ -140,7 +137,7 @@ class PicoHead(GFLHead):
         return scores, boxes
 
     def forward_single(self, x: Tensor, level: int) -> tuple[Tensor, Tensor]:
-        """As `forward`, of one level."""
+        """As `forward`, for one level."""
         score: Tensor = self.gfl_cls[level](self.cls_convs[level](x))
         if self.share_cls_reg:
             score, box = score.split([self.cls_out_channels, 4 * (self.reg_max + 1)], dim=1)
@@ -160,24 +157,20 @@ class PicoHead(GFLHead):
         batch_img_metas: Sequence[dict[str, Any]],
         batch_gt_instances_ignore: Sequence[InstanceData] | None = None,
     ) -> dict[str, Tensor]:
-        """The three losses of a batch, 0-d.
-
-        An image without a positive counts as one in the average of `loss_cls`, as published.
+        """The three losses of a batch, 0-d. Image metas and ignored boxes are not used, as published.
 
         Args:
-            cls_scores, bbox_preds: what `forward` returned.
+            cls_scores, bbox_preds: outputs of `forward`.
             batch_gt_instances: `bboxes` (G, 4) in pixels and `labels` (G,) of each image.
-            batch_img_metas: not used.
-            batch_gt_instances_ignore: not used, as published.
         """
-        logits, distributions = _flattened(cls_scores), _flattened(bbox_preds)
+        logits, distributions = flattened(cls_scores), flattened(bbox_preds)
         sizes = [score.shape[-2:] for score in cls_scores]
         priors = self.prior_generator.grid_priors(
             sizes, dtype=distributions.dtype, device=distributions.device, with_stride=True
         )
         priors = torch.cat(priors)
         strides = priors[:, 2:3]
-        # In strides, as published: eps of the IoUs is relative to them.
+        # In strides, as published: the eps of the IoUs is relative to this unit.
         points = (priors[:, :2] / strides).expand(len(logits), -1, -1)
         boxes = self.bbox_coder.decode(points, self.integral(distributions).view(*logits.shape[:2], 4))
         probabilities = logits.detach().sigmoid()
@@ -191,6 +184,7 @@ class PicoHead(GFLHead):
 
         quality = torch.zeros_like(logits)
         quality[image, prior, labels] = bbox_overlaps(picked.detach(), targets, is_aligned=True)
+        # An image without a positive counts as one, as published.
         num_positives = reduce_mean((matched > 0).sum(dim=1).clamp(min=1).sum().to(logits.dtype))
         loss_cls = self.loss_cls(logits.flatten(0, 1), quality.flatten(0, 1), avg_factor=num_positives)
 
@@ -209,19 +203,17 @@ class PicoHead(GFLHead):
         }
 
     @torch.no_grad()
-    def _assign(
-        self, scores: Tensor, boxes: Tensor, priors: Tensor, batch_gt_instances: Sequence[InstanceData]
-    ) -> Tensor:
+    def _assign(self, scores: Tensor, boxes: Tensor, priors: Tensor, truths: Sequence[InstanceData]) -> Tensor:
         """(B, P): 0 for background, else one more than the index of the image's box."""
         rows = [
             self.assigner.assign(InstanceData(scores=score, bboxes=box, priors=priors), truth).gt_inds
-            for score, box, truth in zip(scores, boxes, batch_gt_instances, strict=True)
+            for score, box, truth in zip(scores, boxes, truths, strict=True)
         ]
         return torch.stack(rows)
 
 
-def _flattened(maps: Sequence[Tensor]) -> Tensor:
-    """(B, D, H, W) of each level to (B, P, D) of all levels, each in raster order."""
+def flattened(maps: Sequence[Tensor]) -> Tensor:
+    """Maps (B, C, H, W) of all levels as one tensor (B, places, C), each level in raster order."""
     return torch.cat([x.flatten(2).transpose(1, 2) for x in maps], dim=1)
 
 

@@ -20,16 +20,14 @@ _LOWEST_LOG = -100.0
 class VarifocalSimOTAAssigner(SimOTAAssigner):
     """MMDetection's SimOTA (candidates, dynamic k, conflicts) with the cost varifocal loss + weight * GIoU loss.
 
-    MMDetection's own cost is binary cross entropy against the bare label plus -log IoU.
+    MMDetection's own cost is binary cross entropy against the label plus -log IoU.
 
     Args:
-        center_radius: candidates lie within this many strides of a box's centre, or in a box; preferred are those in
-            both.
+        center_radius: candidates lie within this many strides of a box's centre, or in a box; those where both is true
+            are preferred.
         candidate_topk: a box gets as many priors as the IoUs of its best `candidate_topk` sum up to, at least one.
-        iou_weight: weight of the GIoU loss; published 6.
-        cls_weight: weight of the varifocal loss.
-        alpha: weight of the varifocal loss's negatives.
-        gamma: exponent of their focal weight.
+        iou_weight: weight of the GIoU loss; published 6. cls_weight: weight of the varifocal loss.
+        alpha: weight of the varifocal loss's negatives. gamma: exponent of their focal weight.
     """
 
     def __init__(
@@ -75,7 +73,7 @@ class VarifocalSimOTAAssigner(SimOTAAssigner):
                 scores = pred_instances.scores[candidates].to(ious.dtype)
                 costs = self.cls_weight * varifocal_costs(scores, classes, ious, alpha=self.alpha, gamma=self.gamma)
                 costs = costs + self.iou_weight * (1 - gious) + INF * ~central
-                # Leaves in `candidates` those that are matched.
+                # Clears in `candidates` those without a match.
                 matched_ious, matched = self.dynamic_k_matching(costs, ious, len(truth), candidates)
                 assigned[candidates] = matched + 1
                 labels[candidates] = classes[matched]
@@ -86,14 +84,11 @@ class VarifocalSimOTAAssigner(SimOTAAssigner):
 def varifocal_costs(scores: Tensor, labels: Tensor, ious: Tensor, *, alpha: float, gamma: float) -> Tensor:
     """Varifocal loss, summed over classes, of every prior if it were matched with every box.
 
-    The target is the IoU at the box's class and zero elsewhere; an IoU of zero makes a negative of the class too.
+    The target is the IoU at the box's class and zero elsewhere; with an IoU of zero that class is a negative too.
 
     Args:
-        scores: probabilities, (P, K).
-        labels: class of each box, (G,).
-        ious: (P, G).
-        alpha: weight of the negatives.
-        gamma: exponent of their focal weight.
+        scores: probabilities, (P, K). labels: class of each box, (G,). ious: (P, G).
+        alpha: weight of the negatives. gamma: exponent of their focal weight.
 
     Returns:
         (P, G). No tensor of (P, G, K) is made.

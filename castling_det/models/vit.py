@@ -80,12 +80,7 @@ class CastlingViT(CastlingBackbone):
         init_cfg: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(
-            attention=attention,
-            attn_cfg=attn_cfg,
-            frozen_stages=frozen_stages,
-            with_cp=with_cp,
-            pad_input=pad_input,
-            init_cfg=init_cfg,
+            attention, attn_cfg, frozen_stages=frozen_stages, with_cp=with_cp, pad_input=pad_input, init_cfg=init_cfg
         )
         if stem not in STEMS:
             raise ValueError(f"stem={stem!r}: expected one of {', '.join(map(repr, STEMS))}")
@@ -138,7 +133,7 @@ class CastlingViT(CastlingBackbone):
             for index in range(depth)
         )
         self.norm = nn.LayerNorm(embed_dims, eps=1e-6) if final_norm else nn.Identity()
-        for parameter in self._tokens("pos_embed", "cls_token", "reg_token"):
+        for parameter in self._existing("pos_embed", "cls_token", "reg_token"):
             nn.init.trunc_normal_(parameter, std=0.02)
         init_linear_layers(self.blocks)
         self._freeze()
@@ -149,7 +144,7 @@ class CastlingViT(CastlingBackbone):
         x = self.stem(x) if hasattr(self, "stem") else self.patch_embed(x)
         hw = (x.shape[-2], x.shape[-1])
         patches = x.flatten(2).transpose(1, 2) + self._position_embedding(hw)
-        prefix = [token.expand(x.shape[0], -1, -1) for token in self._tokens("cls_token", "reg_token")]
+        prefix = [token.expand(x.shape[0], -1, -1) for token in self._existing("cls_token", "reg_token")]
         tokens = self.pos_drop(torch.cat([*prefix, patches], dim=1) if prefix else patches)
         outputs = []
         for index, block in enumerate(self.blocks):
@@ -168,6 +163,3 @@ class CastlingViT(CastlingBackbone):
         return resample_abs_pos_embed(  # type: ignore[no-any-return]
             self.pos_embed, new_size=list(hw), old_size=list(self.pos_grid), num_prefix_tokens=0
         )
-
-    def _tokens(self, *names: str) -> list[nn.Parameter]:
-        return [getattr(self, name) for name in names if hasattr(self, name)]

@@ -34,10 +34,11 @@ def test_vit_equals_timm():
 
 
 def levit_and_ours(arch):
-    reference = randomised(timm.create_model(f"levit_{arch.lower()}", num_classes=0).double())
+    reference = timm.create_model(f"levit_{arch.lower()}", num_classes=0).double()
     ours = CastlingLeViT(arch, attention="softmax").double()
     missing, unexpected = ours.load_state_dict(reference.state_dict(), strict=False)
     assert not unexpected and all(name.endswith(".dconv.weight") for name in missing)
+    ours.load_state_dict(randomised(reference).state_dict(), strict=False)
     return reference, ours
 
 
@@ -50,6 +51,12 @@ def levit_maps(reference, x):
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_levits_architectures_are_timms(arch):
+    with torch.device("meta"):
+        levit_and_ours(arch)
+
+
+@pytest.mark.parametrize("arch", ["128S", "192"])
 def test_levit_equals_timm_at_224(arch):
     reference, ours = (model.eval() for model in levit_and_ours(arch))
     x = image(224, 224, batch=1, dtype=torch.float64)
@@ -80,18 +87,6 @@ def test_levit_trains_like_timm():
             assert_parity(parameter.grad, expected[name].grad, rms=1e-8, maximum=1e-7, what=name)
     for name, value in reference.state_dict().items():
         torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-9, atol=1e-12, msg=name)
-
-
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_levit_has_timms_parameters_and_a_kernel_for_each_value_channel(arch):
-    backbone = CastlingLeViT(arch, attention="softmax")
-    dims, heads, depths, key_dim = ARCHITECTURES[arch]
-    assert backbone.out_channels == [dims[0] // 2, *dims]
-    values = sum(depth * number * 2 * key_dim for depth, number in zip(depths, heads, strict=True))
-    values += sum(4 * dim for dim in dims[:-1])
-    reference = timm.create_model(f"levit_{arch.lower()}", num_classes=0)
-    expected = sum(p.numel() for p in reference.parameters()) + 9 * values
-    assert sum(p.numel() for p in backbone.parameters()) == expected
 
 
 @pytest.mark.parametrize("attention", ["softmax", "linear", "castling"])
@@ -217,15 +212,8 @@ def test_mvits_stochastic_depth_grows_as_timms():
     assert rates(small("mvit", drop_path_rate=0.3)) == rates(mvit(64, drop_path_rate=0.3))
 
 
-def test_without_kv_pooling_the_grids_agree_and_linear_attention_grows_with_the_pixels():
+def test_without_kv_pooling_the_grids_agree():
     backbone = small("mvit-unpooled")
     attentions = [module for module in backbone.modules() if isinstance(module, PooledAttention)]
     assert {(attn.stride_q, attn.stride_kv) for attn in attentions} == {(1, 1), (2, 2)}
     backbone.load_state_dict(small("mvit").state_dict(), strict=True)
-
-    def products(attention, side):
-        records = count_macs(small("mvit-unpooled", attention), torch.randn(1, 3, side, side))
-        return sum(record.macs.get("attention_values", 0) for record in records)
-
-    assert products("linear", 128) == 4 * products("linear", 64)
-    assert products("softmax", 128) == 16 * products("softmax", 64)
