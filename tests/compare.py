@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import torch
 from torch import Tensor
 
 
@@ -18,3 +21,16 @@ def assert_parity(actual: Tensor, expected: Tensor, *, rms: float, maximum: floa
     found_rms, found_max = errors(actual, expected)
     within = found_rms <= rms and found_max <= maximum
     assert within, f"{what}: rms {found_rms:.2e} (allowed {rms}), max {found_max:.2e} (allowed {maximum})"
+
+
+def assert_same_gradients(
+    actual: Tensor, expected: Tensor, inputs: Mapping[str, Tensor], *, rms: float, maximum: float, zero: float = 1e-12
+) -> None:
+    """Compares the gradients of all inputs; one that is exactly zero in theory must be below `zero` in both."""
+    weight = torch.linspace(-1, 1, actual.numel(), dtype=torch.float64).reshape(actual.shape)
+    found, wanted = (torch.autograd.grad((x * weight).sum(), list(inputs.values())) for x in (actual, expected))
+    for name, one, other in zip(inputs, found, wanted, strict=True):
+        if other.abs().max() < zero:
+            assert one.abs().max() < zero, name
+        else:
+            assert_parity(one, other, rms=rms, maximum=maximum, what=name)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from castling_det.conversion.checkpoints import load_checkpoint, select_weights
 from castling_det.conversion.detectors import check_numbers
 from castling_det.layers.levit_attention import resized_biases
-from castling_det.layers.relative_position import resized_table
+from castling_det.layers.mvit import resized_table
 from castling_det.registry import WEIGHT_INITIALIZERS
 
 __all__ = ["LoadReport", "PretrainedViT", "load_pretrained"]

@@ -22,28 +22,11 @@ __all__ = ["META_KEY", "SCHEDULES", "MaskAnnealingHook", "attention_record", "ma
 META_KEY = "castling_det"
 """Key in a checkpoint's meta under which this package writes its records."""
 
-
-def _constant(ramp: float, start: float, end: float) -> float:
-    return start
-
-
-def _linear(ramp: float, start: float, end: float) -> float:
-    return start + ramp * (end - start)
-
-
-def _cosine(ramp: float, start: float, end: float) -> float:
-    return end + (start - end) * (1 + math.cos(math.pi * ramp)) / 2
-
-
-def _geometric(ramp: float, start: float, end: float) -> float:
-    return math.exp((1 - ramp) * math.log(start) + ramp * math.log(end))
-
-
 SCHEDULES: dict[str, Callable[[float, float, float], float]] = {
-    "constant": _constant,
-    "linear": _linear,
-    "cosine": _cosine,
-    "geometric": _geometric,
+    "constant": lambda ramp, start, end: start,
+    "linear": lambda ramp, start, end: start + ramp * (end - start),
+    "cosine": lambda ramp, start, end: end + (start - end) * (1 + math.cos(math.pi * ramp)) / 2,
+    "geometric": lambda ramp, start, end: math.exp((1 - ramp) * math.log(start) + ramp * math.log(end)),
 }
 """Name to f(ramp, start, end), with ramp in [0, 1]; f(0) is `start`, and f(1) is `end` except for "constant"."""
 

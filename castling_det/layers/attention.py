@@ -11,13 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from castling_det.layers.local_conv import local_conv
+from castling_det.layers.local_conv import build_local_conv
 from castling_det.layers.options import AttentionOptions, MaskState
-from castling_det.ops import (
-    MaskedSoftmax,
-    linear_angular_packed,
-    masked_softmax_packed,
-)
+from castling_det.ops import MaskedSoftmax, linear_angular_packed, masked_softmax_packed
 
 __all__ = ["CastlingAttention", "HeadInputs", "MaskStats", "MaskedAttention", "attention_layers"]
 
@@ -26,13 +22,13 @@ class MaskStats(NamedTuple):
     """What the mask kept in the last forward; 0-d float tensors without gradient, in [0, 1]."""
 
     kept_fraction: Tensor
-    """Share of the probabilities, one for each query and key, that are above the threshold."""
+    """Share of the M x N probabilities that are above the threshold."""
     kept_mass: Tensor
-    """Mean over rows of the probability that is kept."""
+    """Sum of the probabilities above the threshold, averaged over the rows."""
 
 
 class HeadInputs(NamedTuple):
-    """What an attention layer attends with, head by head: M queries over N keys."""
+    """Queries, keys and values of an attention layer, head by head: M queries over N keys."""
 
     q: Tensor
     """(B, H, M, K)."""
@@ -41,17 +37,17 @@ class HeadInputs(NamedTuple):
     v: Tensor
     """(B, H, N, V)."""
     bias: Tensor | None
-    """What softmax mode adds to the logits, broadcastable to (B, H, M, N); None for nothing."""
+    """Position biases that softmax mode adds to the logits, broadcastable to (B, H, M, N), or None."""
     query_hw: tuple[int, int]
     """Height and width of the queries' grid, without prefix tokens."""
     key_hw: tuple[int, int]
     """Height and width of the keys' grid, without prefix tokens."""
     num_prefix_tokens: int = 0
-    """Tokens before those of the grids, of queries and keys alike."""
+    """Tokens before the tokens of the grids; queries and keys have the same number."""
     query_stride: int = 1
-    """Places of the layer's map from one query to the next."""
+    """Distance from one query to the next on the layer's map, in tokens."""
     key_stride: int = 1
-    """Places of the layer's map from one key to the next."""
+    """Distance from one key to the next on the layer's map, in tokens."""
 
 
 class MaskedAttention(nn.Module):
@@ -82,24 +78,32 @@ class MaskedAttention(nn.Module):
 
     @property
     def centers_keys(self) -> bool:
-        """Whether the forward takes the mean from the keys: in softmax mode it would change nothing."""
+        """Whether the forward subtracts the mean from the keys. Softmax mode does not: its output would not change."""
         return self.options.center_keys and self.mode != "softmax"
 
     def head_inputs(self, x: Tensor, hw: tuple[int, int]) -> HeadInputs:
-        """Queries, keys and values of tokens `x` on a map of size `hw`, as the forward makes them."""
+        """The queries, keys and values that the forward makes of tokens `x` on a map of size `hw`."""
         raise NotImplementedError
 
     def values_at_queries(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
-        """Tokens (B, N, C) at the keys' places, brought to the queries', (B, M, C); linear. `hw`: as in `head_inputs`.
+        """Moves tokens (B, N, C) from the grid of the keys to the grid of the queries, (B, M, C); a linear map.
 
-        Of the values it gives what v/2 of `normalizer="l2"` is taken from.
+        Applied to the values it gives the term v/2 of `normalizer="l2"`. `hw` is the size of the layer's map.
         """
         return x
+
+    def _check_tokens(self, x: Tensor, hw: tuple[int, int], dim: int, num_prefix_tokens: int = 0) -> None:
+        if x.shape[1] != num_prefix_tokens + hw[0] * hw[1] or x.shape[2] != dim:
+            prefix = f"{num_prefix_tokens} + " if num_prefix_tokens else ""
+            raise ValueError(
+                f"x: expected (B, {prefix}{hw[0]} * {hw[1]}, {dim}) for hw={tuple(hw)}, got {tuple(x.shape)}; "
+                "pass the height and width of the map that x was flattened from"
+            )
 
     def _masked_branch(
         self, branch: Callable[..., MaskedSoftmax], *inputs: Tensor, num_keys: int
     ) -> MaskedSoftmax | None:
-        """`branch(*inputs, threshold)` where mode and mask ask for it, scaled; leaves its statistics."""
+        """The softmax branch, scaled, or None where mode and mask switch it off; updates `mask_stats`."""
         if self.mode != "castling" or not (self.training or self.eval_aux):
             return None
         if self.mask_state.is_empty(num_keys):
@@ -119,11 +123,11 @@ class CastlingAttention(MaskedAttention):
 
     Modes share the parameters `qkv`, `proj` and `dconv`, so that a state dict loads from one into another:
 
-    - `"softmax"`: scaled dot-product attention plus the local convolution, the baseline that differs from the others in
-      the attention alone. Its `dconv` starts at zero: at initialisation it is the plain softmax layer.
-    - `"linear"`: linear-angular attention plus the local convolution; what is deployed.
-    - `"castling"`: `"linear"`, and while training the masked softmax branch beside it. In eval mode it computes what
-      will be deployed, unless `eval_aux` asks for the branch in order to measure the gap.
+    - `"softmax"`: scaled dot-product attention plus the local convolution: a baseline that differs from the other modes
+      only in the attention. Its `dconv` starts at zero, so that it starts as the plain softmax layer.
+    - `"linear"`: linear-angular attention plus the local convolution. This mode is deployed.
+    - `"castling"`: `"linear"`, and in training also the masked softmax branch. In eval mode it computes the same as
+      `"linear"`, unless `eval_aux` keeps the branch in order to measure the difference.
 
     Args:
         dim: channels C.
@@ -153,11 +157,9 @@ class CastlingAttention(MaskedAttention):
         self.num_heads = num_heads
         self.num_prefix_tokens = num_prefix_tokens
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.dconv = local_conv(self.options, dim, num_heads, num_prefix_tokens=num_prefix_tokens)
+        self.dconv = build_local_conv(self.options, dim, num_heads, num_prefix_tokens=num_prefix_tokens)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
-        if self.mode == "softmax" and self.dconv is not None:
-            nn.init.zeros_(self.dconv.weight)
 
     def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
         """Attends over all tokens.
@@ -169,12 +171,7 @@ class CastlingAttention(MaskedAttention):
         Returns:
             (B, N, C).
         """
-        _, tokens, dim = x.shape
-        if tokens != self.num_prefix_tokens + hw[0] * hw[1] or dim != self.dim:
-            raise ValueError(
-                f"x: expected (B, {self.num_prefix_tokens} + {hw[0]} * {hw[1]}, {self.dim}) for hw={tuple(hw)}, "
-                f"got {tuple(x.shape)}; pass the height and width of the map that x was flattened from"
-            )
+        self._check_tokens(x, hw, self.dim, self.num_prefix_tokens)
         out: Tensor = self.proj_drop(self.proj(self.attend(self.project(x), hw)))
         return out
 
@@ -184,19 +181,19 @@ class CastlingAttention(MaskedAttention):
         return HeadInputs(q, k, v, None, hw, hw, self.num_prefix_tokens)
 
     def project(self, x: Tensor) -> Tensor:
-        """Maps tokens (B, N, C) to queries, keys (centred where asked) and values, (B, N, 3 * C), head by head."""
+        """Maps tokens (B, N, C) to packed queries, keys (centred if the options say so) and values, (B, N, 3 * C)."""
         qkv: Tensor = self.qkv(x)
         if not self.centers_keys:
             return qkv
         mean_B1C = qkv[..., self.dim : 2 * self.dim].mean(dim=1, keepdim=True)
-        # One subtraction from all three parts copies less than taking them apart and joining them again.
+        # Subtracting zero from queries and values copies less than splitting the parts and stacking them again.
         return qkv - F.pad(mean_B1C, (self.dim, self.dim))
 
     def attend(self, qkv: Tensor, hw: tuple[int, int]) -> Tensor:
-        """The core: everything between `project` and `proj`, local convolution included.
+        """Attention and local convolution: everything between `project` and `proj`.
 
         Args:
-            qkv: packed queries, keys and values, (B, N, 3 * C), as `project` gives them.
+            qkv: the result of `project`, (B, N, 3 * C).
             hw: height and width of the feature map.
 
         Returns:

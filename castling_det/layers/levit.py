@@ -1,7 +1,7 @@
-"""LeViT (arXiv 2104.01136) but for its attention: stem, MLP, blocks, stages, and their fusion for deployment.
+"""LeViT (arXiv 2104.01136) around its attention: stem, blocks, stages, and their fusion for deployment.
 
-Names of parameters are those of facebookresearch/LeViT and timm (Apache-2.0). Tokens are (B, N, C), the raster order of
-a map of `hw` = (height, width).
+Norms, MLP and stem are timm's (Apache-2.0), parameter names too. Tokens are (B, N, C), the raster order of a map of
+`hw` = (height, width).
 """
 
 from __future__ import annotations
@@ -11,17 +11,19 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from timm.layers import DropPath
+from timm.models.levit import ConvNorm, LevitMlp, LinearNorm, Stem16
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from torch.utils.checkpoint import checkpoint
 
-from castling_det.layers.levit_attention import LevitAttention, subsampled_hw
-from castling_det.layers.linear_norm import ConvNorm, LinearNorm
+from castling_det.layers.levit_attention import LevitAttention
+from castling_det.layers.local_conv import strided_hw
 
-__all__ = ["LevitBlock", "LevitDownsample", "LevitMlp", "LevitStage", "LevitStem", "fuse_norms"]
+__all__ = ["LevitBlock", "LevitDownsample", "LevitStage", "LevitStem", "fuse_norms"]
 
 
-class LevitStem(nn.Module):
-    """Four 3x3 convolutions of stride 2, the width doubling up to C, Hardswish between them.
+class LevitStem(Stem16):
+    """Four 3x3 convolutions of stride 2 with BatchNorm, the width doubling up to C, Hardswish between them.
 
     Args:
         in_channels: channels of the image.
@@ -29,45 +31,24 @@ class LevitStem(nn.Module):
     """
 
     def __init__(self, in_channels: int, embed_dims: int) -> None:
-        super().__init__()
-        widths = [in_channels, embed_dims // 8, embed_dims // 4, embed_dims // 2, embed_dims]
-        self.conv1, self.conv2, self.conv3, self.conv4 = (ConvNorm(widths[i], widths[i + 1]) for i in range(4))
-        self.act = nn.Hardswish()
+        super().__init__(in_channels, embed_dims, act_layer=nn.Hardswish)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Maps an image (B, in_channels, H, W) to its maps (B, C / 2, ...) of stride 8 and (B, C, ...) of stride 16.
+        """Maps an image (B, in_channels, H, W) to two maps: (B, C / 2, ...) of stride 8, (B, C, ...) of stride 16.
 
-        The first is taken after the activation, the second has none: it is where the tokens start.
+        The first is taken after its activation. The second has none: the tokens start there.
         """
-        x = self.act(self.conv2(self.act(self.conv1(x))))
-        x = self.act(self.conv3(x))
+        for layer in list(self)[:-1]:
+            x = layer(x)
         return x, self.conv4(x)
-
-
-class LevitMlp(nn.Module):
-    """Two linear layers with BatchNorm, Hardswish between them; the second norm's weight starts at 0.
-
-    Args:
-        dim: channels C. mlp_ratio: hidden width over `dim`.
-    """
-
-    def __init__(self, dim: int, *, mlp_ratio: float = 2.0) -> None:
-        super().__init__()
-        self.ln1 = LinearNorm(dim, int(dim * mlp_ratio))
-        self.act = nn.Hardswish()
-        self.ln2 = LinearNorm(int(dim * mlp_ratio), dim, bn_weight_init=0.0)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps (B, N, C) to (B, N, C)."""
-        out: Tensor = self.ln2(self.act(self.ln1(x)))
-        return out
 
 
 class LevitBlock(nn.Module):
     """`x + attn(x)`, then `x + mlp(x)`.
 
     Args:
-        attn: the attention. mlp_ratio: hidden width of the MLP over its channels.
+        attn: the attention.
+        mlp_ratio: hidden width of the MLP over the attention's channels.
         drop_path: stochastic depth rate of both branches, in [0, 1).
     """
 
@@ -75,7 +56,7 @@ class LevitBlock(nn.Module):
         super().__init__()
         self.attn = attn
         self.drop_path1 = _drop_path(drop_path)
-        self.mlp = LevitMlp(attn.in_dim, mlp_ratio=mlp_ratio)
+        self.mlp = _mlp(attn.in_dim, mlp_ratio)
         self.drop_path2 = _drop_path(drop_path)
 
     def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
@@ -88,14 +69,16 @@ class LevitDownsample(nn.Module):
     """`x = attn(x)` at a part of the places, then `x + mlp(x)`.
 
     Args:
-        attn: the attention, with its `query_stride`. out_dim: channels C' of its output.
-        mlp_ratio, drop_path: of the MLP, as in `LevitBlock`.
+        attn: the attention, with its `query_stride`.
+        out_dim: channels C' of its output.
+        mlp_ratio: hidden width of the MLP over `out_dim`.
+        drop_path: stochastic depth rate of the MLP, in [0, 1).
     """
 
     def __init__(self, attn: LevitAttention, out_dim: int, *, mlp_ratio: float = 2.0, drop_path: float = 0.0) -> None:
         super().__init__()
         self.attn_downsample = attn
-        self.mlp = LevitMlp(out_dim, mlp_ratio=mlp_ratio)
+        self.mlp = _mlp(out_dim, mlp_ratio)
         self.drop_path = _drop_path(drop_path)
 
     def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
@@ -105,14 +88,15 @@ class LevitDownsample(nn.Module):
 
     def out_hw(self, hw: tuple[int, int]) -> tuple[int, int]:
         """Height and width of the subsampled map."""
-        return subsampled_hw(hw, self.attn_downsample.query_stride)
+        return strided_hw(hw, self.attn_downsample.query_stride)
 
 
 class LevitStage(nn.Module):
-    """Subsampling, but for the first stage, and blocks.
+    """A subsampling, except in the first stage, and blocks.
 
     Args:
-        downsample: or None. blocks: the blocks after it.
+        downsample: the subsampling, or None.
+        blocks: the blocks after it.
         with_cp: recompute each of them in backward to save memory (not re-entrant, so that it works under DDP).
     """
 
@@ -123,7 +107,7 @@ class LevitStage(nn.Module):
         self.with_cp = with_cp
 
     def forward(self, x: Tensor, hw: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
-        """Maps tokens (B, N, C) of a map of size `hw` to those of the stage and the size of its map."""
+        """Maps tokens (B, N, C) of a map of size `hw` to the tokens after the stage and the size of their map."""
         if self.downsample is not None:
             x, hw = self._run(self.downsample, x, hw), self.downsample.out_hw(hw)
         for block in self.blocks:
@@ -142,7 +126,7 @@ class LevitStage(nn.Module):
 
 @contextmanager
 def _statistics_kept(block: nn.Module) -> Iterator[None]:
-    """BatchNorm's running statistics stay: the forward has moved them, its repetition must not do so again."""
+    """Keeps BatchNorm's running statistics: the first forward has updated them, its repetition must not."""
     norms = [module for module in block.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     state = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     try:
@@ -154,24 +138,34 @@ def _statistics_kept(block: nn.Module) -> Iterator[None]:
             norm.momentum, norm.num_batches_tracked = momentum, count
 
 
-def fuse_norms(module: nn.Module) -> None:
-    """Puts one layer in the place of every `LinearNorm` and `ConvNorm` inside `module`, which computes the same.
+def fuse_norms(module: nn.Module) -> int:
+    """Replaces every `LinearNorm` and `ConvNorm` inside `module` by one layer that computes the same in eval mode.
 
-    Parameters are renamed by it (`qkv.linear.weight`, `qkv.bn.*` become `qkv.weight`, `qkv.bias`) and the running
-    statistics are gone. Softmax attention keeps its biases of the last map's size from here on, as LeViT does.
+    Parameters change their names (`qkv.linear.weight` and `qkv.bn.*` become `qkv.weight` and `qkv.bias`). timm's own
+    `fuse()` is not used because it makes float32 layers on the CPU, whatever the dtype and device of the module.
+
+    Returns:
+        How many were replaced.
 
     Raises:
-        ValueError: a norm in training mode, which goes by the statistics of its batch. Nothing is fused then.
+        ValueError: a norm in training mode, which uses the statistics of its batch. Nothing is replaced then.
     """
     for name, part in module.named_modules():
-        if isinstance(part, (LinearNorm, ConvNorm)) and part.bn.training:
+        if isinstance(part, (LinearNorm, ConvNorm)) and (part.bn.training or part.linear.training):
             raise ValueError(f"{name}: is in training mode; call eval() on the model before its norms are fused")
+    count = 0
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, (LinearNorm, ConvNorm)):
-                setattr(parent, name, child.fused())
-        if isinstance(parent, LevitAttention):
-            parent.keep_biases = True
+                fuse = fuse_linear_bn_eval if isinstance(child, LinearNorm) else fuse_conv_bn_eval
+                setattr(parent, name, fuse(child.linear, child.bn))
+                count += 1
+    return count
+
+
+def _mlp(dim: int, ratio: float) -> nn.Module:
+    mlp: nn.Module = LevitMlp(dim, hidden_features=int(dim * ratio), act_layer=nn.Hardswish)
+    return mlp
 
 
 def _drop_path(rate: float) -> nn.Module:

@@ -10,9 +10,9 @@ import torch
 from mmcv.cnn import ConvModule
 from timm.layers import LayerScale
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from castling_det.layers import CastlingBlock, fuse_norms
-from castling_det.layers.linear_norm import ConvNorm, LinearNorm, folded
 from castling_det.registry import MODELS
 
 __all__ = ["FusedDetector", "fuse_detector"]
@@ -56,9 +56,7 @@ def fuse_detector(model: nn.Module) -> dict[str, int]:
         raise ValueError(f"{training[0]}: is in training mode; call eval() on the model before its norms are fused")
     counts: Counter[str] = Counter()
     modules = list(model.modules())
-    counts["LeViT norms"] = sum(isinstance(part, (LinearNorm, ConvNorm)) for part in modules)
-    if counts["LeViT norms"]:
-        fuse_norms(model)
+    counts["LeViT norms"] = fuse_norms(model)
     for part in modules:
         if isinstance(part, ConvModule):
             counts["convolution modules"] += _fuse_conv_module(part)
@@ -69,13 +67,19 @@ def fuse_detector(model: nn.Module) -> dict[str, int]:
     return {kind: count for kind, count in counts.items() if count}
 
 
+def _folded(layer: Any, norm: nn.Module) -> nn.Module:
+    fuse: Any = fuse_conv_bn_eval if isinstance(layer, nn.Conv2d) else fuse_linear_bn_eval
+    folded: nn.Module = fuse(layer, norm)
+    return folded
+
+
 def _fuse_conv_module(module: ConvModule) -> int:
     norm = module.norm if module.with_norm else None
     in_order = tuple(module.order).index("norm") == tuple(module.order).index("conv") + 1
     if not in_order or not isinstance(norm, _Norm) or type(module.conv) is not nn.Conv2d:
         return 0
     # A new layer, so that another module that shares the old one keeps it.
-    module.conv = folded(module.conv, norm)
+    module.conv = _folded(module.conv, norm)
     delattr(module, module.norm_name)
     module.with_norm, module.norm_name, module.with_bias = False, None, True
     return 1
@@ -87,7 +91,7 @@ def _fuse_sequence(sequence: nn.Sequential) -> int:
     for (name, layer), (norm_name, norm) in itertools.pairwise(layers):
         plain: Any = layer if type(layer) in (nn.Conv2d, nn.Linear) else None
         if plain is not None and isinstance(norm, _Norm):
-            setattr(sequence, name, folded(plain, norm))
+            setattr(sequence, name, _folded(plain, norm))
             setattr(sequence, norm_name, nn.Identity())
             count += 1
     return count

@@ -11,8 +11,7 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 
-import castling_det.engine.dashboard as dashboard
-from castling_det.engine import DashboardHook
+from castling_det.engine import DashboardHook, hooks
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "data" / "tree_crowns"
@@ -124,6 +123,6 @@ def test_wrong_settings_are_named(options: dict[str, object], message: str) -> N
 
 
 def test_a_missing_package_is_named_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dashboard, "find_spec", lambda name: None)
+    monkeypatch.setattr(hooks, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="wandb is not installed; pip install wandb"):
         DashboardHook(backend="wandb")

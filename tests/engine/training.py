@@ -12,11 +12,13 @@ import numpy as np
 import torch
 from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
+from mmengine.hooks import checkpoint_hook as checkpoint_hook_module
 from mmengine.model import BaseModel
 from mmengine.runner import Runner
 from torch import nn
 from torch.utils.data import Dataset
 
+from castling_det.engine.hooks import WholeFileBackend
 from tests.processes import process_context
 
 __all__ = ["Dies", "result", "run", "train"]
@@ -82,11 +84,10 @@ class Dies(Hook):
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
         elif self.how == "rename":
             Path.replace = lambda *_: _die()  # type: ignore[assignment, method-assign]
-        elif self.how in ("pointer", "remove"):
-            from castling_det.engine import whole_checkpoint
-
-            name = {"pointer": "write_text", "remove": "_remove"}[self.how]
-            setattr(whole_checkpoint, name, lambda *_: _die())
+        elif self.how == "pointer":
+            checkpoint_hook_module.open = lambda *_: _die()
+        elif self.how == "remove":
+            WholeFileBackend.remove_outdated = lambda *_: _die()  # type: ignore[method-assign]
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         if self.how == "step" and runner.iter == self.at:

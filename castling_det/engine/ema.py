@@ -1,4 +1,4 @@
-"""PicoDet's cycle-EMA (arXiv 2111.00902): an average of the weights that starts anew every so many epochs."""
+"""PicoDet's cycle-EMA (arXiv 2111.00902): an average of the weights that restarts every so many epochs."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ __all__ = ["CycleEMAHook"]
 class CycleEMAHook(EMAHook):
     """mmengine's `EMAHook` with `MomentumAnnealingEMA`, restarted from the current weights every `cycle_epochs`.
 
-    The weight of the newest iterate is `max(momentum, gamma / (gamma + t))`, t iterations after the restart; at t = 0
-    the average is a copy of the weights. With the defaults that is, one iteration late, the published
-    `1 - min(0.9998, (1 + t) / (10 + t))`, whose average starts from zeros and divides the bias out. The restart follows
-    from the epoch and t lies in the checkpoint, so that a resumed run goes on as if it had not stopped.
+    The newest iterate has the weight `max(momentum, gamma / (gamma + t))`, t iterations after the restart; at t = 0 the
+    average is a copy of the weights. With the defaults this is, one iteration late, the published decay
+    `min(0.9998, (1 + t) / (10 + t))` of an average that starts at zero with its bias divided out. The restart follows
+    from the epoch, and checkpoints hold t, so that a resumed run continues as if it had not stopped.
 
     Args:
         cycle_epochs: epochs between two restarts; published: 40 of 300.
@@ -38,7 +38,7 @@ class CycleEMAHook(EMAHook):
         self.cycle_epochs = cycle_epochs
 
     def before_train(self, runner: Runner) -> None:
-        """Says so if the run ends before the first restart."""
+        """Warns if the run ends before the first restart."""
         super().before_train(runner)
         if runner.max_epochs <= self.cycle_epochs:
             print_log(
@@ -49,6 +49,6 @@ class CycleEMAHook(EMAHook):
             )
 
     def before_train_epoch(self, runner: Runner) -> None:
-        """Restarts the average: at zero steps its next update copies the weights."""
+        """Restarts the average: after zero steps its next update copies the weights."""
         if runner.epoch and runner.epoch % self.cycle_epochs == 0:
             self.ema_model.steps.zero_()
