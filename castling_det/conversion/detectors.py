@@ -219,34 +219,22 @@ def check_numbers(tensors: Mapping[str, Tensor], target: Mapping[str, Tensor], s
     Raises:
         ValueError: another kind of number, such as integers for float32; NaN or infinity in the model's precision.
     """
-    if kinds := [
-        f"{name} {_short(value)} for {_short(target[name])}"
-        for name, value in tensors.items()
-        if _kind(value) != _kind(target[name])
-    ]:
+    dtypes = {name: (value.dtype, target[name].dtype) for name, value in tensors.items()}
+    if kinds := [f"{name} {one} for {own}" for name, (one, own) in dtypes.items() if _kind(one) != _kind(own)]:
         raise ValueError(
             f"checkpoint {source}: {len(kinds)} tensors hold another kind of number than the model's, such as "
             f"{'; '.join(kinds[:3])}; give floating-point weights"
         )
-    if broken := [
-        name
-        for name, value in tensors.items()
-        if value.is_floating_point() and not value.to(target[name].dtype).isfinite().all()
-    ]:
+    floats = {name: value.to(dtypes[name][1]) for name, value in tensors.items() if value.is_floating_point()}
+    if broken := [name for name, value in floats.items() if not value.isfinite().all()]:
         raise ValueError(
             f"checkpoint {source}: values that are not finite in {len(broken)} tensors, such as {broken[0]}; "
             "the training diverged, take an earlier checkpoint"
         )
 
 
-def _kind(tensor: Tensor) -> str:
-    if tensor.dtype == torch.bool:
-        return "bool"
-    return "float" if tensor.is_floating_point() else "complex" if tensor.is_complex() else "integer"
-
-
-def _short(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+def _kind(dtype: torch.dtype) -> tuple[bool, bool, bool]:
+    return dtype.is_floating_point, dtype.is_complex, dtype == torch.bool
 
 
 def _attention_parts(part: Any) -> Iterator[Any]:

@@ -63,14 +63,12 @@ def start_from_softmax(
             "with attention='softmax'; a castling one is converted without --from-softmax"
         )
     castling_config = with_attention(job.config, "castling")
-    castling, softmax, linear = (
-        build_detector(with_attention(job.config, mode)) for mode in ("castling", "softmax", "linear")
-    )
+    softmax, castling = build_detector(with_attention(job.config, "softmax")), build_detector(castling_config)
     picked, notes = load_weights(softmax, job.checkpoint, source, weights)
-    for model in (castling, linear):
-        load_exactly(model, picked.tensors, source)
+    load_exactly(castling, picked.tensors, source)
+    alone = measure(castling_config, job.probes, softmax, castling)  # in eval mode without its softmax branch
     state = set_first_mask(castling, job.config)
-    at_start, alone = (measure(castling_config, job.probes, softmax, model) for model in (castling, linear))
+    at_start = measure(castling_config, job.probes, softmax, castling)
     drift = max(drift.relative_rms for drift in at_start.drift.values())
     if drift > _CLOSE:
         notes.append(

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from mmcv.cnn import ConvModule
 from timm.layers import LayerScale
-from timm.models.levit import ConvNorm, LinearNorm
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from PIL import Image
+from safetensors.torch import save_file
 
 from castling_det.conversion.detectors import build_detector
 from castling_det.engine.mask_annealing import attention_record
@@ -154,6 +155,21 @@ def runner_checkpoint(trained, tmp_path):
         path = tmp_path / "source.pth"
         torch.save(checkpoint, path)
         return path, checkpoint
+
+    return save
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """`saved(state, name="weights.pth", wrap=None)` gives the file of a state dict."""
+
+    def save(state, name="weights.pth", wrap=None):
+        path = tmp_path / name
+        if path.suffix == ".safetensors":
+            save_file({key: value.contiguous() for key, value in state.items()}, path)
+        else:
+            torch.save({wrap: state} if wrap else state, path)
+        return path
 
     return save
 

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from castling_det.export.export import load_source
+from castling_det.report.attention_maps.capture import load_detector
 from mmdet.apis import init_detector
 from mmdet.structures import DetDataSample
 from PIL import Image
@@ -19,6 +21,7 @@ from castling_det.conversion import convert, load_checkpoint, manifest_path
 from castling_det.conversion.detectors import build_detector, with_attention
 from castling_det.files import sha256_of
 from castling_det.layers import MaskState, attention_layers
+from castling_det.runtime.torch_detector import TorchDetector
 from tests.conversion.conftest import EMPTY, FAST, NOT_EMPTY, set_options
 
 
@@ -211,6 +214,25 @@ def test_a_config_whose_attention_computes_something_else_is_refused(
     torch.save(checkpoint, source)
     manifest = convert(tiny_config, source, tmp_path / "deploy.pth", **FAST)
     assert manifest.max_abs_drift == 0.0 and "does not state the options" in manifest.notes[0]
+
+
+def test_every_reader_of_a_checkpoint_compares_its_attention(
+    tiny_config_file, tiny_config, runner_checkpoint, tmp_path
+):
+    source, checkpoint = runner_checkpoint(EMPTY)
+    out, other = tmp_path / "deploy.pth", tmp_path / "other.py"
+    convert(tiny_config_file, source, out, **FAST)
+    set_options(tiny_config, normalizer="kernel")
+    tiny_config.dump(other)
+    message = r"deploy\.pth: its attention blocks\.0 was trained with normalizer='l2'"
+    for read in (load_source, lambda config, path: TorchDetector(path, config), load_detector):
+        with pytest.raises(ValueError, match=message):
+            read(other, out)
+    assert load_source(tiny_config_file, out).notes == ()
+    torch.save(checkpoint["state_dict"], out)  # weights alone say nothing of mask and options
+    assert "does not say how it was trained" in load_source(tiny_config_file, out).notes[0]
+    with pytest.raises(ValueError, match="trained with attention='castling' and is not converted"):
+        load_source(tiny_config_file, source)
 
 
 def test_a_converted_checkpoint_is_not_converted_again(tiny_config, runner_checkpoint, tmp_path):

@@ -7,7 +7,6 @@ import re
 import pytest
 import timm
 import torch
-from mmengine.registry import MODELS
 
 from castling_det.conversion import convert, load_pretrained
 from castling_det.conversion.detectors import build_detector, with_attention
@@ -58,15 +57,6 @@ def authors_state(state):
             new = name.replace(".linear.", ".l.")
         names[new] = value
     return names
-
-
-@pytest.fixture
-def saved(tmp_path):
-    def save(state, name="weights.pth", wrap=None):
-        torch.save({wrap: state} if wrap else state, tmp_path / name)
-        return tmp_path / name
-
-    return save
 
 
 @torch.inference_mode()
@@ -146,14 +136,6 @@ def test_biases_of_another_image_size(saved):
             assert_parity(one, other, rms=1e-5, maximum=1e-4)
 
 
-def test_a_detectors_backbone_loads_into_itself(saved):
-    source, target = randomised(small("levit")), small("levit")
-    detector = {f"backbone.{name}": value for name, value in source.state_dict().items()}
-    report = load_pretrained(target, saved(detector, wrap="state_dict"))
-    torch.testing.assert_close(dict(target.state_dict()), dict(source.state_dict()), rtol=0, atol=0)
-    assert report.fraction == 1 and not report.new and not report.dropped
-
-
 def test_fewer_stages_take_the_first_ones(saved):
     model, backbone = reference(), softmax(out_indices=(0, 2))
     report = load_pretrained(backbone, saved(model.state_dict()))
@@ -204,11 +186,3 @@ def test_a_detector_converts_once_its_mask_is_empty(mask, tiny_config, saved, tm
     assert manifest.mask.layers["stages.0.blocks.0"].tokens == 16
     linear = build_detector(with_attention(tiny_config, "linear"))
     linear.load_state_dict(torch.load(tmp_path / "deploy.pth", weights_only=True)["state_dict"], strict=True)
-
-
-def test_init_cfg_reads_the_file_before_training(saved):
-    model = reference()
-    initial = dict(type="castling_det.Pretrained", checkpoint=str(saved(model.state_dict())))
-    backbone = MODELS.build(dict(type="castling_det.CastlingLeViT", arch=ARCH, attention="softmax", init_cfg=initial))
-    backbone.eval().init_weights()
-    assert_equal_features(model, backbone)

@@ -8,12 +8,12 @@ import pytest
 import timm
 import torch
 from mmengine.registry import MODELS
-from safetensors.torch import save_file
 from timm.models.vision_transformer import checkpoint_filter_fn
 
 from castling_det.conversion import load_pretrained
-from castling_det.models import CastlingViT
+from castling_det.models import CastlingMViT, CastlingViT
 from tests.compare import assert_parity, errors
+from tests.models.test_castling_levit import randomised, small
 
 PLAIN, DINO = "vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2"
 MODEL_OPTIONS = {
@@ -52,19 +52,6 @@ def feature_maps(model, backbone, size=224):
     tokens = tokens[0] if isinstance(tokens, tuple) else tokens
     expected = tokens[:, model.num_prefix_tokens :].transpose(1, 2).reshape(actual.shape)
     return actual, expected
-
-
-@pytest.fixture
-def saved(tmp_path):
-    def save(state, name="weights.pth", wrap=None):
-        path = tmp_path / name
-        if path.suffix == ".safetensors":
-            save_file({key: value.contiguous() for key, value in state.items()}, path)
-        else:
-            torch.save({wrap: state} if wrap else state, path)
-        return path
-
-    return save
 
 
 @pytest.mark.parametrize("name", MODEL_OPTIONS)
@@ -149,12 +136,17 @@ def test_a_conv_stem_and_missing_tokens_are_reported(saved):
     assert "blocks.*.attn.dconv.weight (2)" in text and "classification head" in text and "100.0%" in text
 
 
-def test_a_detectors_backbone_loads_into_itself(saved):
-    source = CastlingViT(32, depth=2, num_heads=2, img_size=(32, 48), stem="conv", with_cls_token=True)
-    for value in source.state_dict().values():
-        value.copy_(torch.randn(value.shape)) if value.is_floating_point() else None
+BACKBONES = {
+    "vit": lambda: CastlingViT(32, depth=2, num_heads=2, img_size=(32, 48), stem="conv", with_cls_token=True),
+    "levit": lambda: small("castling"),
+    "mvit": lambda: CastlingMViT(arch=dict(depths=(1, 2, 3, 1), embed_dims=8), attention="castling", img_size=64),
+}
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_a_detectors_backbone_loads_into_itself(name, saved):
+    source, target = randomised(BACKBONES[name]()), BACKBONES[name]()
     detector = {f"backbone.{key}": value for key, value in source.state_dict().items()}
-    target = CastlingViT(32, depth=2, num_heads=2, img_size=(32, 48), stem="conv", with_cls_token=True)
     report = load_pretrained(target, saved(detector | {"bbox_head.w": torch.zeros(1)}, wrap="state_dict"))
     torch.testing.assert_close(dict(target.state_dict()), dict(source.state_dict()), rtol=0, atol=0)
     assert report.fraction == 1 and not report.new and list(report.dropped) == ["bbox_head.w"]

@@ -245,7 +245,7 @@ def test_the_tool_reports_and_exits_with_zero(traced, deployable, tmp_path, caps
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda a, _: [str(a[0]) + "x", *a[1:]], "no such file; give the config"),
+        (lambda a, _: [str(a[0]) + "x", *a[1:]], "no such file; give a .py config"),
         (lambda a, _: [a[0], str(a[1]) + "x", a[2]], "no such file; check the path"),
         (lambda a, _: [a[0], a[0], a[2]], "not a checkpoint"),
         (lambda a, _: [*a[:2], a[2] + ".pth"], "expected a .onnx file"),

@@ -10,6 +10,7 @@ import resource
 import sys
 import time
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -268,6 +269,7 @@ def _ways_to_call(target: Path) -> dict[str, Any]:
         "compile, later": Calls(__import__, "antigravity"),
         "torch.load": Calls(torch.load, str(target)),
         "getattr": Calls(getattr, torch.Tensor, "apply_"),
+        "getattr, of what is known": Calls(getattr, OrderedDict, "fromkeys"),
         "sys.exit": Calls(sys.exit, 3),
         "numpy.memmap": Calls(np.memmap, str(target), "uint8", "w+", 0, 8),
     }
@@ -301,9 +303,12 @@ def test_control_the_canary_sings(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda w: w.to(torch.int8), r"another kind of number.*patch_embed\.proj\.weight int8 for float32"),
-        (lambda w: w.to(torch.complex64), r"complex64 for float32"),
-        (lambda w: w.bool(), r"bool for float32"),
+        (
+            lambda w: w.to(torch.int8),
+            r"another kind of number.*patch_embed\.proj\.weight torch\.int8 for torch\.float32",
+        ),
+        (lambda w: w.to(torch.complex64), r"complex64 for torch\.float32"),
+        (lambda w: w.bool(), r"bool for torch\.float32"),
         (lambda w: torch.full_like(w, float("nan")), r"not finite in 1 tensors, such as patch_embed\.proj\.weight"),
         (lambda w: torch.full_like(w, 1e300, dtype=torch.float64), r"not finite"),
         (lambda w: w[:, :1], r"shapes differ.*patch_embed\.proj\.weight"),
