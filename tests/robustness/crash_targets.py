@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from castling_det.conversion import load_checkpoint
 from castling_det.compat.host import mmdet_tool
+from castling_det.conversion import load_checkpoint
 from castling_det.report.work_dir import find_checkpoint
 
 __all__ = ["ROOT", "Target", "load_libraries", "targets"]
