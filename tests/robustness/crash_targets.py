@@ -161,7 +161,7 @@ def targets(study: Path = STUDY, data: Path = ROOT / "data" / "tree_crowns") -> 
         return [mmdet_tool("train.py"), str(HYBRID), "--work-dir", str(folder), "--resume", "--cfg-options", *SHORT]
 
     def prepare(folder: Path) -> list[str]:
-        return [f"{tools}/dataset_converters/tree_crowns.py", "--root", str(folder), "--wheel", str(wheels[0])]
+        return [f"{tools}/dataset_converters/tree_crowns.py", "--root", str(folder / "data"), "--wheel", str(wheels[0])]
 
     found = []
     if wheels:
