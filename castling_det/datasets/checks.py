@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol, TypeAlias, TypeVar
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -130,13 +130,13 @@ def check_annotation_file(path: str | os.PathLike[str], **options: Any) -> list[
     try:
         data = msgspec.json.decode(source.read_bytes())
     except RecursionError:
-        fix = "a COCO file is an object of lists of objects; get it from its source again."
-        return [Problem("error", "dataset.ann_file", f"{source} holds containers hundreds deep.", fix)]
+        message = f"{source} holds containers hundreds deep."
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         message = f"{source} is not JSON in UTF-8 without a byte order mark ({error})."
-        fix = "the file is damaged, incomplete or in another format; write or copy it again."
-        return [Problem("error", "dataset.ann_file", message, fix)]
-    return check_annotations(data, **options)
+    else:
+        return check_annotations(data, **options)
+    fix = "the file is damaged, incomplete or in another format; write or copy it again."
+    return [Problem("error", "dataset.ann_file", message, fix)]
 
 
 def check_annotations(
@@ -172,13 +172,12 @@ def check_annotations(
     problems += _check_files(images, None if image_root is None else Path(image_root), level)
     if images and categories:
         sizes = dict.fromkeys(_ids(data["images"])) | {image.id: (image.width, image.height) for image in images}
-        problems += _check_boxes(annotations, sizes, set(_ids(data["categories"])))
+        problems += _check_boxes(annotations, sizes, _ids(data["categories"]))
     return sorted(problems, key=lambda problem: problem.severity != "error")
 
 
-def _ids(entries: Iterable[Any]) -> list[int | str]:
-    found = [entry.get("id") for entry in entries if isinstance(entry, Mapping)]
-    return [identifier for identifier in found if isinstance(identifier, int | str)]
+def _ids(entries: Iterable[Any]) -> set[int | str]:
+    return {entry["id"] for entry in entries if isinstance(entry, Mapping) and isinstance(entry.get("id"), int | str)}
 
 
 def _entries(
@@ -216,25 +215,22 @@ def _repetitions(field: str, values: Iterable[int | str]) -> list[Problem]:
 _BOX_RULES: _Rules = {
     "image": (0, "name an `image_id` that no image has", "remove them, or add the images they belong to"),
     "category": (0, "name a `category_id` that no category has", "add the category, or correct the ids"),
-    "negative": (
-        0,
-        "have a negative width or height",
-        "write bbox as [x, y, width, height] from the upper left corner",
-    ),
+    "negative": (0, "have a negative width or height", "write bbox as [x, y, width, height], x, y the upper left"),
     "empty": (0.01, "are below one pixel or have an `area` of 0, and are left out", "remove or correct them"),
     "outside": (0.01, "lie wholly outside their image, and are left out", "check the image's width and height"),
     "overhang": (
         0.5,
         "reach over the image's edge by more than a pixel",
-        "clip them to the image; if most do, they look like [x0, y0, x1, y1]: convert them to [x, y, width, height]",
+        "clip them; if most do, they are probably [x0, y0, x1, y1]: convert them to [x, y, width, height]",
     ),
     "zero": (1, "have the id 0, which COCO's evaluation counts as missed", "number the annotations from 1"),
 }
 
 
-def _check_boxes(
-    annotations: Sequence[_Annotation], sizes: Mapping[Any, tuple[float, float] | None], categories: set[Any]
-) -> list[Problem]:
+_Sizes: TypeAlias = Mapping[int | str, tuple[float, float] | None]  # by image id; None where the file does not say
+
+
+def _check_boxes(annotations: Sequence[_Annotation], sizes: _Sizes, categories: set[int | str]) -> list[Problem]:
     faulty: dict[str, list[int]] = {"zero": [annotation.id for annotation in annotations if annotation.id == 0]}
     for annotation in annotations:
         if fault := _box_fault(annotation, sizes, categories):
@@ -242,9 +238,7 @@ def _check_boxes(
     return _tally("annotations[].bbox", "boxes (by id)", faulty, _BOX_RULES, len(annotations))
 
 
-def _box_fault(
-    annotation: _Annotation, sizes: Mapping[Any, tuple[float, float] | None], categories: set[Any]
-) -> str | None:
+def _box_fault(annotation: _Annotation, sizes: _Sizes, categories: set[int | str]) -> str | None:
     """The key in `_BOX_RULES` of the first rule that the box breaks."""
     if annotation.image_id not in sizes:
         return "image"
@@ -270,8 +264,7 @@ _FILE_RULES: _Rules = {
     "turned": (
         0,
         "are turned by their EXIF orientation when they are loaded, so that their boxes lie elsewhere",
-        "save them upright, without the tag, or load them with dict(type='LoadImageFromFile', imdecode_backend='cv2', "
-        "color_type='color_ignore_orientation')",
+        "save them upright, without the tag, or give LoadImageFromFile color_type='color_ignore_orientation'",
     ),
     "size": (0, "have another size than the annotations say", "write the files' own width and height"),
     "mirrored": (1, "have an EXIF orientation, which the loader applies", "see that the boxes were drawn on it"),
@@ -361,9 +354,8 @@ def check_classes(names: Sequence[str], classes: object) -> list[Problem]:
         f"write `metainfo = dict(classes={tuple(names)!r})`, give it to the dataset of train_dataloader, "
         f"val_dataloader and test_dataloader, and write num_classes={len(names)} in the model's head."
     )
-
-    message = None
-    if isinstance(classes, str) or not isinstance(classes, Sequence):
+    message = ""
+    if not isinstance(classes, list | tuple) or not all(isinstance(name, str) for name in classes):
         message = f"is {classes!r}, expected a tuple of names; a tuple of one needs a comma."
     elif len(set(classes)) < len(classes):
         message = f"names a class twice: {examples([name for name in classes if classes.count(name) > 1])}."
@@ -377,14 +369,10 @@ def check_classes(names: Sequence[str], classes: object) -> list[Problem]:
         return [Problem("warning", CLASSES_FIELD, message, f"if they should be: {fix}")]
     elif list(classes) != list(names):
         message = f"has the file's names in another order ({examples(classes)}); labels follow the file's order."
-    return [] if message is None else [Problem("error", CLASSES_FIELD, message, fix)]
+    return [Problem("error", CLASSES_FIELD, message, fix)] if message else []
 
 
-class _Module(Protocol):
-    def named_modules(self) -> Iterable[tuple[str, Any]]: ...
-
-
-def check_num_classes(model: _Module, metainfo: Mapping[str, Any]) -> None:
+def check_num_classes(model: Any, metainfo: Mapping[str, Any]) -> None:
     """Raises ValueError if a head of `model` does not count as many classes as `metainfo['classes']` names.
 
     Unlike MMDetection's NumClassCheckHook it names the config's field, and leaves alone what counts something else (a

@@ -104,38 +104,39 @@ def test_a_sound_config_has_no_problem(data: Path) -> None:
     assert config.to_dict() == before
 
 
-def _set(field: str, value: Any) -> Callable[[Config], None]:
-    return lambda config: config.merge_from_dict({field: value})
+def _set(**fields: Any) -> Callable[[Config], None]:
+    """Double underscores stand for dots."""
+    return lambda config: config.merge_from_dict({key.replace("__", "."): value for key, value in fields.items()})
 
 
+def _train_on(make: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[Config], None]:
+    """Puts what is made from the validation data, with a file that is missing, in the place of the training data."""
+    return lambda c: c.train_dataloader.update(dataset=make({**c.val_dataloader.dataset, "ann_file": "x.json"}))
+
+
+TRAIN, VAL = "train_dataloader.dataset", "val_dataloader.dataset"
 # What is changed in the config: the field and the message of the one problem.
 FAULTS: dict[str, tuple[Callable[[Config], None], str, str]] = {
-    "num_classes": (_set("model.bbox_head.num_classes", 80), "model.bbox_head.num_classes", "is 80, but train_"),
+    "num_classes": (_set(model__bbox_head__num_classes=80), "model.bbox_head.num_classes", "is 80, but train_"),
     "metainfo": (
-        lambda c: [
-            c[f"{s}_dataloader"]["dataset"].update(metainfo={"classes": ("oak",)}) for s in ("train", "val", "test")
-        ],
-        "train_dataloader.dataset.metainfo['classes']",
+        lambda c: [c[f"{s}_dataloader"].dataset.metainfo.update(classes=("oak",)) for s in ("train", "val", "test")],
+        f"{TRAIN}.metainfo['classes']",
         "1 of its 1 names are no category",
     ),
     "metainfo of one loader": (
         lambda c: c.val_dataloader.dataset.update(metainfo={"classes": ("tree", "oak")}),
-        "val_dataloader.dataset.metainfo['classes']",
+        f"{VAL}.metainfo['classes']",
         "but train_dataloader.dataset 'tree'",
     ),
     "no metainfo": (
         lambda c: c.train_dataloader.dataset.pop("metainfo"),
-        "train_dataloader.dataset.metainfo['classes']",
+        f"{TRAIN}.metainfo['classes']",
         "80 of its 80 names",
     ),
-    "ann_file": (
-        _set("train_dataloader.dataset.ann_file", "x.json"),
-        "train_dataloader.dataset.ann_file",
-        "not a file",
-    ),
+    "ann_file": (_set(train_dataloader__dataset__ann_file="x.json"), f"{TRAIN}.ann_file", "not a file"),
     "data_prefix": (
-        _set("val_dataloader.dataset.data_prefix.img", "pictures/"),
-        "val_dataloader.dataset.data_prefix['img']",
+        _set(val_dataloader__dataset__data_prefix__img="pictures/"),
+        f"{VAL}.data_prefix['img']",
         "2 of 2 image files",
     ),
     "evaluator of another file": (
@@ -143,26 +144,15 @@ FAULTS: dict[str, tuple[Callable[[Config], None], str, str]] = {
         "val_evaluator.ann_file",
         "is another file than val_dataloader reads",
     ),
-    "evaluator of no file": (_set("val_evaluator.ann_file", "nothing.json"), "val_evaluator.ann_file", "is not a file"),
+    "evaluator of no file": (_set(val_evaluator__ann_file="none.json"), "val_evaluator.ann_file", "is not a file"),
     "wrapped": (
-        lambda c: c.train_dataloader.update(
-            dataset={
-                "type": "RepeatDataset",
-                "times": 2,
-                "dataset": {**c.train_dataloader.dataset, "ann_file": "x.json"},
-            }
-        ),
-        "train_dataloader.dataset.dataset.ann_file",
+        _train_on(lambda missing: {"type": "RepeatDataset", "times": 2, "dataset": missing}),
+        f"{TRAIN}.dataset.ann_file",
         "is not a file",
     ),
     "concatenated": (
-        lambda c: c.train_dataloader.update(
-            dataset={
-                "type": "ConcatDataset",
-                "datasets": [c.val_dataloader.dataset.to_dict(), {**c.val_dataloader.dataset, "ann_file": "x.json"}],
-            }
-        ),
-        "train_dataloader.dataset.datasets[1].ann_file",
+        _train_on(lambda missing: {"type": "ConcatDataset", "datasets": [missing, missing]}),
+        f"{TRAIN}.datasets[0].ann_file",
         "is not a file",
     ),
 }
@@ -215,8 +205,8 @@ def test_wrong_arguments(data: Path, tmp_path: Path) -> None:
             castling_det.check_dataset(source, **options)
 
 
-def run_tool(*arguments: object, tool: str = "check_dataset") -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools" / f"{tool}.py"), *map(str, arguments)]
+def run_tool(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "tools" / "check_dataset.py"), *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
 

@@ -241,6 +241,7 @@ def test_what_is_named_like_an_image_but_is_no_file_is_missing(tmp_path, kind, l
         (("oak", "oak", "fir"), "twice: 'oak'"),
         ("oak", "is 'oak', expected a tuple of names; a tuple of one needs a comma"),
         (3, "expected a tuple of names"),
+        ((["oak"],), "expected a tuple of names"),
     ],
 )
 def test_classes_that_disagree_get_the_line_to_write(classes, part):

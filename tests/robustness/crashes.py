@@ -155,6 +155,7 @@ def _run(target: Target, folder: Path) -> None:
     os.dup2(log, 2)
     os.chdir(ROOT)
     sys.argv = list(target.command(folder))
+    sys.path.insert(0, str(Path(sys.argv[0]).parent))
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
