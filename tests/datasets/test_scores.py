@@ -79,10 +79,10 @@ def test_encodings_are_read_from_every_container() -> None:
     assert engraving.read_music(corpus, "music21/corpus/a/c.abc") == ["X:1\nT:Á\n", "X: 2\nT:B\n"]
 
 
-@pytest.mark.parametrize("setting", [{"long_side": 100}, {"limit": 0}, {"processes": 0}])
-def test_wrong_settings_are_named(tmp_path: Path, setting: dict[str, int]) -> None:
-    ((name, value),) = setting.items()
-    with pytest.raises(ValueError, match=f"{name}={value}: expected at least"):
+@pytest.mark.parametrize("setting", [{"long_side": 100}, {"limit": 0}, {"processes": 0}, {"paper": (20, 300)}])
+def test_wrong_settings_are_named(tmp_path: Path, setting: dict[str, Any]) -> None:
+    (name,) = setting
+    with pytest.raises(ValueError, match=rf"{name}=\d+: expected at least"):
         scores.prepare(tmp_path / "scores", **setting)
 
 

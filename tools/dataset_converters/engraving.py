@@ -26,9 +26,7 @@ from PIL import Image
 FONTS = ("Leipzig", "Leland", "Bravura", "Gootville")
 UNSEEN_FONT = "Petaluma"
 FALLBACK_FONT = "Leipzig"  # verovio draws from it what a font lacks
-# The page in verovio's units (1/10 mm), and half the distance of two staff lines in the same units.
-PAGE_WIDTH, PAGE_HEIGHT = 1600, 2200
-UNITS = (8, 9, 10)
+UNITS = (8, 9, 10)  # half the distance of two staff lines, in verovio's unit of length, 0.1 mm
 MIN_FILLED = 0.5
 
 
@@ -140,9 +138,16 @@ def rotate(symbol: Symbol, matrix: NDArray[Any], angle: float, width: int, heigh
 
 
 class Engraver:
-    """Turns jobs into pages; one lives in each process."""
+    """Turns jobs into pages; one lives in each process.
 
-    def __init__(self, wheels: dict[str, Path], unpacked: Path, long_side: int) -> None:
+    Args:
+        corpus: the wheel of music21.
+        unpacked: folder with the packages verovio and resvg_py.
+        paper: width and height of a page in mm.
+        long_side: longer side of a page in pixels.
+    """
+
+    def __init__(self, corpus: Path, unpacked: Path, paper: tuple[int, int], long_side: int) -> None:
         cv2.setNumThreads(1)
         sys.path.insert(0, str(unpacked))
         verovio, resvg = importlib.import_module("verovio"), importlib.import_module("resvg_py")
@@ -150,7 +155,7 @@ class Engraver:
         self.toolkit = verovio.toolkit(False)
         self.toolkit.setResourcePath(str(unpacked / "verovio" / "data"))
         self.draw = resvg.svg_to_bytes
-        self.corpus = zipfile.ZipFile(wheels["music21"])
+        self.corpus = zipfile.ZipFile(corpus)
         data = unpacked / "verovio" / "data"
         fallback = read_glyphs((data / f"{FALLBACK_FONT}.xml").read_bytes())
         self.glyphs = {
@@ -159,8 +164,8 @@ class Engraver:
         # Text is drawn with the fonts that Matplotlib brings: a machine's own would make its pages differ.
         fonts = Path(matplotlib.get_data_path(), "fonts", "ttf")
         self.text_fonts = [str(fonts / f"DejaVuSerif{style}.ttf") for style in ("", "-Bold", "-Italic")]
-        self.height = long_side
-        self.width = round(long_side * PAGE_WIDTH / PAGE_HEIGHT)
+        self.paper = paper
+        self.width, self.height = (round(long_side * side / max(paper)) for side in paper)
 
     def pages(self, job: Job) -> Iterator[Page]:
         """Fills pages with the job's engraved strips, from top to bottom; leaves out a page emptier than MIN_FILLED."""
@@ -184,7 +189,8 @@ class Engraver:
 
     def _strips(self, job: Job, unit: int) -> Iterator[Page]:
         """Each engraved page of each piece, no higher than its music; of a long piece, pages spread evenly."""
-        options = {"font": job.font, "unit": unit, "pageWidth": PAGE_WIDTH, "pageHeight": PAGE_HEIGHT}
+        width, height = (10 * side for side in self.paper)
+        options = {"font": job.font, "unit": unit, "pageWidth": width, "pageHeight": height}
         self.toolkit.setOptions({**options, "adjustPageHeight": True, "footer": "none", "header": "auto"})
         for music in itertools.chain.from_iterable(read_music(self.corpus, name) for name in job.members):
             if not self.toolkit.loadData(music):
@@ -202,7 +208,7 @@ class Engraver:
                     serif_family="DejaVu Serif",
                 )
                 pixels = np.asarray(Image.open(io.BytesIO(png)).convert("L"))
-                scale = self.width / (10 * PAGE_WIDTH)  # the SVG's inner coordinates are tenths of a unit
+                scale = self.width / (10 * width)  # the SVG's inner coordinates are tenths of verovio's unit
                 yield Page(pixels, read_symbols(svg, self.glyphs[job.font], scale))
 
 

@@ -58,15 +58,15 @@ class Collection:
 
 COLLECTIONS = (
     Collection("ryansMammoth", "train", 20, (".abc",)),
-    Collection("beethoven", "train", 42),
+    Collection("beethoven", "train", 40),
     Collection("schumann_robert", "train", 24),
     Collection("josquin", "train", 20, (".abc",)),
     Collection("beach", "train", 20, (".musicxml",)),
     Collection("johnson_j_r", "train", 20),
     Collection("liliuokalani", "train", 20),
     Collection("haydn", "val", 8),
-    Collection("mozart", "test", 12),
-    Collection("trecento", "test", 2, (".mxl", ".xml")),
+    Collection("mozart", "test", 15),
+    Collection("trecento", "test", 3, (".mxl", ".xml")),
     Collection("schumann_clara", "test", 10),
     Collection("weber", "test", 20),
     Collection("luca", "test", 10, (".xml",)),
@@ -105,7 +105,7 @@ def download_wheels(cache: Path) -> dict[str, Path]:
 
 
 def list_jobs(corpus: zipfile.ZipFile, limit: int | None) -> list[Job]:
-    """Every split's jobs; with a limit the first ones of each collection in turn, one page of each."""
+    """Every split's jobs; with a limit about as many pages, from the first jobs of each collection in turn."""
     jobs = [job for collection in COLLECTIONS for job in _jobs_of(corpus, collection)]
     for job in [job for job in jobs if job.split == "test"]:
         jobs.append(job._replace(split="test_petaluma", font=UNSEEN_FONT, max_pages=-(-job.max_pages // 4)))
@@ -115,7 +115,8 @@ def list_jobs(corpus: zipfile.ZipFile, limit: int | None) -> list[Job]:
     short = []
     for split in SPLITS:
         rounds = sorted((job for job in jobs if job.split == split), key=lambda job: job.number)
-        short += [job._replace(max_pages=1) for job in rounds[: limit + 2]]
+        each = -(-limit // len(rounds))
+        short += [job._replace(max_pages=min(each, job.max_pages)) for job in rounds[: limit + 2]]
     return short
 
 
@@ -146,14 +147,16 @@ def _save_pages(job: Job, folder: Path) -> list[tuple[dict[str, Any], list[Symbo
     saved = []
     for number, page in enumerate(itertools.islice(_engraver.pages(job), job.max_pages)):
         name = f"{job.name}_{number:02d}.jpg"
-        cv2.imwrite(str(folder / job.split / name), page.pixels, [cv2.IMWRITE_JPEG_QUALITY, 85])
+        cv2.imwrite(str(folder / job.split / name), page.pixels, [cv2.IMWRITE_JPEG_QUALITY, 65])
         height, width = page.pixels.shape
         image = {"file_name": name, "width": width, "height": height, "collection": job.collection, "font": job.font}
         saved.append((image, page.symbols))
     return saved
 
 
-def build(folder: Path, wheels: dict[str, Path], long_side: int, limit: int | None, processes: int) -> dict[str, Any]:
+def build(
+    folder: Path, wheels: dict[str, Path], paper: tuple[int, int], long_side: int, limit: int | None, processes: int
+) -> dict[str, Any]:
     """Fills the folder; returns the numbers of pages and boxes of each split."""
     for name in ("annotations", *SPLITS):
         (folder / name).mkdir()
@@ -164,7 +167,8 @@ def build(folder: Path, wheels: dict[str, Path], long_side: int, limit: int | No
             with zipfile.ZipFile(wheels[project]) as archive:
                 archive.extractall(scratch)
         spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(processes, spawn, _start_process, (wheels, Path(scratch), long_side)) as pool:
+        arguments = (wheels["music21"], Path(scratch), paper, long_side)
+        with ProcessPoolExecutor(processes, spawn, _start_process, arguments) as pool:
             done = pool.map(partial(_save_pages, folder=folder), jobs)
             results = list(track(done, "engraving", len(jobs), console=Console(stderr=True)))
     pages: dict[str, list[tuple[dict[str, Any], list[Symbol]]]] = {split: [] for split in SPLITS}
@@ -206,28 +210,35 @@ def _write_annotations(
 
 
 def prepare(
-    root: Path, *, long_side: int = 1280, limit: int | None = None, processes: int = 2
+    root: Path,
+    *,
+    paper: tuple[int, int] = (160, 220),
+    long_side: int = 1280,
+    limit: int | None = None,
+    processes: int = 2,
 ) -> tuple[dict[str, Any], bool]:
     """Makes the data set under `root` unless it is there; returns its summary and whether it was there already.
 
     Args:
-        long_side: height of a page in pixels; at 1280 two staff lines are 9 to 12 pixels apart.
-        limit: pages of each split, for a try.
+        paper: width and height of a page in mm; the music keeps its size.
+        long_side: longer side of a page in pixels.
+        limit: at most so many pages of each split.
         processes: how many engrave at the same time; the result is the same.
 
     Raises:
         PreparationError: no connection, or `root` holds files that no preparation made.
         ValueError: an argument is out of its range.
     """
-    for name, value, least in (("long_side", long_side, 256), ("limit", limit, 1), ("processes", processes, 1)):
-        if value is not None and value < least:
+    ranges = {"paper": (min(paper), 60), "long_side": (long_side, 256), "processes": (processes, 1)}
+    for name, (value, least) in (ranges | ({"limit": (limit, 1)} if limit is not None else {})).items():
+        if value < least:
             raise ValueError(f"{name}={value}: expected at least {least}")
-    request = {"layout": LAYOUT, "wheels": sha256_of(REQUIREMENTS), "long_side": long_side, "limit": limit}
+    settings = {"paper": list(paper), "long_side": long_side, "limit": limit}
 
     def make(folder: Path) -> dict[str, Any]:
-        return build(folder, download_wheels(root.resolve() / "cache"), long_side, limit, processes)
+        return build(folder, download_wheels(root.resolve() / "cache"), paper, long_side, limit, processes)
 
-    return prepare_folder(root, request, make)
+    return prepare_folder(root, {"layout": LAYOUT, "wheels": sha256_of(REQUIREMENTS), **settings}, make)
 
 
 def main() -> int:
@@ -235,16 +246,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--root", "--out", type=Path, default=Path("data/scores"), help="default: %(default)s")
     parser.add_argument(
+        "--paper", type=int, nargs=2, default=(160, 220), metavar=("WIDTH", "HEIGHT"), help="mm (default: 160 220)"
+    )
+    parser.add_argument(
         "--long-side", type=int, default=1280, metavar="PIXELS", help="of a page (default: %(default)s)"
     )
     parser.add_argument("--limit", type=int, metavar="PAGES", help="of each split, for a try (default: all)")
     parser.add_argument("--processes", type=int, default=2, help="default: %(default)s")
-    arguments = parser.parse_args()
-    root = arguments.root
+    arguments = vars(parser.parse_args())
+    root, paper = arguments.pop("root"), tuple(arguments.pop("paper"))
     try:
-        summary, reused = prepare(
-            root, long_side=arguments.long_side, limit=arguments.limit, processes=arguments.processes
-        )
+        summary, reused = prepare(root, paper=paper, **arguments)
     except (PreparationError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
