@@ -93,7 +93,7 @@ def read_dumped_config(work_dir: Path) -> tuple[Path, Any] | None:
 
 
 def read_commands(folder: Path) -> tuple[str, ...]:
-    """The commands that made a folder, from the stamps `*.done.json` of `castling_det.experiments`; empty without any.
+    """The commands that made a folder, from the stamps `*.done.json` of tools/steps.py; empty without any.
 
     Paths below the current folder are given relative to it.
     """
