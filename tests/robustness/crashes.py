@@ -126,7 +126,7 @@ def targets(study: Path = STUDY, data: Path = ROOT / "data" / "tree_crowns") -> 
     prepare = tools / "dataset_converters" / "tree_crowns.py"
     table = (
         ("data preparation", wheel if prepare.is_file() else None,
-         f"{prepare} --root {{}} --wheel {wheel}", ("*.json", "*.png")),
+         f"{prepare} --root {{}}/data --wheel {wheel}", ("*.json", "*.png")),
         ("demo training", data / "annotations" / "train.json",
          f"{train} {castling} --work-dir {{}} --resume --cfg-options {SHORT}", ("iter_24.pth",)),
         ("conversion", trained[0] if trained else None,
