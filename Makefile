@@ -6,67 +6,69 @@ READY := $(VENV)/.ready
 LOCK := requirements/py311-linux-x86_64.lock
 STACK ?= onedl
 
+# The data set of the demo and the studies: a script tools/dataset_converters/DATA.py, configs *_DATA.py.
+DATA ?= tree-crowns
+ONE_THREAD := OMP_NUM_THREADS=1
+
 .PHONY: demo study options uptrain exports deployed-latency benchmarks test test-slow test-stack stability lint docs setup data lock licences audit sbom dist fuzz crash-test clean
 
 demo: $(READY) data
-	$(BIN)/python tools/demo.py
+	$(BIN)/python tools/demo.py --data $(DATA)
 
 # The demo over three seeds: the table of the README.
 study: $(READY) data
-	$(BIN)/python tools/demo.py --work-dir work_dirs/study --seeds 0 1 2
+	$(BIN)/python tools/demo.py --data $(DATA) --work-dir work_dirs/study --seeds 0 1 2
 
 # Each option of the attention alone, three seeds: the table of docs/options.md. Two hours on two idle cores.
 options: $(READY) data
-	OMP_NUM_THREADS=1 $(BIN)/python tools/study.py \
+	$(BIN)/python tools/study.py --data $(DATA) \
 	  --variants softmax linear published kernel image-conv uniform geometric ramp ramp-centered castling
 
 # The study's softmax detectors become linear ones in a quarter of their iterations.
 uptrain: study
-	$(BIN)/python tools/uptrain.py --distill
+	$(BIN)/python tools/uptrain.py --data $(DATA) --distill
 
-# Exported files of an uptrained ViT and of the LeViT, their mAP beside PyTorch's; and the latency of a ViT-S in each runtime.
+# mAP of exported files of an uptrained ViT and of the LeViT beside PyTorch's; and the latency of a ViT-S in each runtime.
 VIT := configs/castling_vit/gfl_castling-vit-nano_deploy-from-softmax_tree-crowns.py work_dirs/uptraining/seed0/deploy/deploy.pth
 LEVIT := configs/castling_levit/picodet_castling-levit-128s_deploy_tree-crowns.py work_dirs/levit/seed0/deploy/deploy.pth
+DEPLOYED := $(BIN)/python tools/benchmarks/deployed.py
 exports: uptrain
 	$(BIN)/python tools/demo.py --model castling_levit/picodet_castling-levit-128s --work-dir work_dirs/levit
 	for precision in float32 float16 int8; do \
 	  $(BIN)/python tools/export_onnx.py $(VIT) work_dirs/exports/vit_$$precision.onnx --precision $$precision && \
 	  $(BIN)/python tools/export_onnx.py $(LEVIT) work_dirs/exports/levit_$$precision.onnx --precision $$precision || exit 1; \
 	done
-	$(BIN)/python tools/compare_exports.py $(VIT) work_dirs/exports/vit_*.onnx --out results/deployment/vit
-	$(BIN)/python tools/compare_exports.py $(LEVIT) work_dirs/exports/levit_*.onnx --out results/deployment/levit
-DEPLOYED_LATENCY := $(BIN)/python tools/deployed_latency.py --max-seconds 5
+	$(DEPLOYED) accuracy $(VIT) work_dirs/exports/vit_*.onnx --out results/deployment/vit
+	$(DEPLOYED) accuracy $(LEVIT) work_dirs/exports/levit_*.onnx --out results/deployment/levit
 deployed-latency: $(READY)
-	$(DEPLOYED_LATENCY) configs/castling_vit/gfl_castling-vit-s_deploy_8xb2-1x_coco.py \
-	  --out results/deployment/gfl_castling-vit-s
-	$(DEPLOYED_LATENCY) configs/castling_vit/retinanet_castling-vit-s_deploy_8xb2-1x_coco.py \
-	  --runtimes eager onnxruntime --out results/deployment/retinanet_castling-vit-s
+	for head in gfl retinanet; do \
+	  $(DEPLOYED) attentions configs/castling_vit/$${head}_castling-vit-s_deploy_8xb2-1x_coco.py \
+	    --out results/deployment/$${head}_castling-vit-s || exit 1; \
+	done
 
 # The records of docs/attention.md: about half an hour on two idle cores, and nothing else may run beside it.
-BENCHMARK := $(BIN)/python tools/benchmark.py --threads 2
+BENCHMARK := $(BIN)/python -m tools.benchmarks.attention --threads 2
 benchmarks: $(READY)
-	$(BIN)/castling-det build
-	$(BENCHMARK) --levels core --sizes 16 32 64 128 \
-	  --variants softmax linear linear_native linear_compiled published floor \
-	  --passes forward --out results/attention/core
+	$(BENCHMARK) --levels core --sizes 16 32 64 128 --variants softmax linear published floor --passes forward \
+	  --out results/attention/core
 	$(BENCHMARK) --levels core --sizes 16 32 64 --variants softmax linear published --passes forward+backward \
 	  --out results/attention/training
 	$(BENCHMARK) --levels core --sizes 64 --batch 2 --variants softmax linear castling castling_empty dense \
-	  --passes forward+backward --repeats 7 --max-seconds 300 --out results/attention/hybrid
-	$(BENCHMARK) --levels core --sizes 64 --batch 2 --variants linear castling_empty \
-	  --passes forward+backward --repeats 100 --out results/attention/empty
-	$(BENCHMARK) --levels backbone --image-sizes 512 1024 --variants softmax linear linear_native published --passes forward \
-	  --repeats 7 --out results/attention/backbone
-	$(BIN)/python tools/numerics.py --out results/attention/numerics.json
-	$(BIN)/python tools/update_tables.py
+	  --passes forward+backward --out results/attention/hybrid
+	$(BENCHMARK) --levels core --sizes 64 --batch 2 --variants linear castling_empty --passes forward+backward --seconds 60 \
+	  --out results/attention/empty
+	$(BENCHMARK) --levels backbone --image-sizes 512 1024 --variants softmax linear published --passes forward \
+	  --out results/attention/backbone
+	$(BIN)/python -m tools.benchmarks.numerics --out results/attention/numerics.json
+	$(BIN)/python tools/dev/tables.py
 
 # Two workers of one thread each: faster than one of two, and a busy machine slows it less.
 test: lint data
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow"
+	$(ONE_THREAD) $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow"
 
 # What takes longer: exports of every family, the tutorial, installing into a fresh environment.
 test-slow: $(READY) data
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m slow --timeout 3600
+	$(ONE_THREAD) $(BIN)/python -m pytest -q -n 2 --dist loadfile -m slow --timeout 3600
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -76,15 +78,15 @@ lint: $(READY)
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-# 2000 iterations in bfloat16 and in float16, which most CPUs emulate and which takes one image at a time for that reason, on
-# the tree crowns, for results/stability/: a quarter of an hour each on an idle core.
+# 2000 iterations in bfloat16 and in float16, for results/stability/: a quarter of an hour each on an idle core. Most CPUs
+# emulate float16, so it takes one image at a time.
 stability: $(READY) data
-	$(BIN)/python tools/stability.py
-	$(BIN)/python tools/stability.py --precision fp16 --batch-size 1
+	$(BIN)/python tools/dev/stability.py
+	$(BIN)/python tools/dev/stability.py --precision fp16 --batch-size 1
 
 # The suite on another stack, in .venv-STACK/: onedl, upstream, oldest, newest; PYTEST="..." is handed to pytest.
 test-stack: data
-	$(PYTHON) tools/test_stack.py $(STACK) --record results/stacks/$(STACK).json --pytest="$(PYTEST)"
+	$(PYTHON) tools/dev/test_stack.py $(STACK) --record results/stacks/$(STACK).json --pytest="$(PYTEST)"
 
 # Exact files with hashes of what the pins say. No index is recorded: hashes are the same wherever a file comes from.
 TOOLS := .venv-tools/bin
@@ -98,7 +100,7 @@ lock: $(TOOLS)/.ready
 	$(UV_LOCK) requirements/build.txt --quiet --output-file requirements/build.lock
 
 licences: $(READY)
-	$(BIN)/python tools/licences.py
+	$(BIN)/python tools/dev/licences.py
 
 # --strict: a package that the vulnerability service does not answer for is an error, not a clean bill.
 audit: $(TOOLS)/.ready
@@ -110,23 +112,23 @@ sbom: $(TOOLS)/.ready
 
 # Wheel and sdist, each built twice and compared.
 dist: $(READY)
-	$(BIN)/python tools/build_dist.py
+	$(BIN)/python tools/dev/build_dist.py
 
 # Nightly: the records of docs/robustness.md. A hundred thousand files that nobody trusts, and sixty kills.
 FUZZ := $(BIN)/python -W ignore -m tests.robustness.fuzz
 fuzz: $(READY)
-	OMP_NUM_THREADS=1 $(FUZZ) --cases 100000 --out results/robustness/fuzz.json
-	$(BIN)/python tools/update_tables.py
+	$(ONE_THREAD) $(FUZZ) --cases 100000 --out results/robustness/fuzz.json
+	$(BIN)/python tools/dev/tables.py
 
 # Needs a trained demo or study for all of its commands; without one, data preparation and training alone.
 crash-test: $(READY) data
-	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.robustness.crashes --kills 60 --out results/robustness/crashes.json
-	$(BIN)/python tools/update_tables.py
+	$(ONE_THREAD) $(BIN)/python -W ignore -m tests.robustness.crashes --kills 60 --out results/robustness/crashes.json
+	$(BIN)/python tools/dev/tables.py
 
 setup: $(READY)
 
 data: $(READY)
-	$(BIN)/python tools/prepare_tree_crowns.py
+	$(BIN)/python tools/dataset_converters/$(subst -,_,$(DATA)).py
 
 # The lock where it applies, with a hash for every file; other Pythons and machines install the pins.
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check

@@ -8,7 +8,7 @@ from castling_det import startup as _startup
 
 TYPE_CHECKING = False  # importing typing would cost 8 ms
 if TYPE_CHECKING:
-    from castling_det.datasets.check_dataset import check_dataset
+    from castling_det.datasets.config_checks import check_dataset
     from castling_det.runtime.detector import Detector
 
 __all__ = ["Detector", "__version__", "check_dataset"]
@@ -18,7 +18,7 @@ __version__ = "0.1.0"
 _startup.install()
 
 
-_LAZY = {"Detector": "castling_det.runtime.detector", "check_dataset": "castling_det.datasets.check_dataset"}
+_LAZY = {"Detector": "castling_det.runtime.detector", "check_dataset": "castling_det.datasets.config_checks"}
 
 
 def __getattr__(name: str) -> object:

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: written to a temporary name, synced, renamed."""
+"""Files that are either whole or absent: written to a temporary name, synced, renamed. And a lock between processes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["atomic_write", "sha256_of", "write_json", "write_text"]
+try:
+    import fcntl
+except ImportError:  # not on Windows: there the user must not start two runs at a time
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["atomic_write", "locked", "sha256_of", "write_json", "write_text"]
 
 
 @contextmanager
@@ -22,7 +27,8 @@ def atomic_write(path: str | os.PathLike[str], *, suffix: str = ".part") -> Iter
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=suffix, dir=target.parent)
+    # The start of the name only: a name of 255 bytes has no room for more.
+    handle, name = tempfile.mkstemp(prefix=f".{target.name[:50]}.", suffix=suffix, dir=target.parent)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -61,3 +67,18 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+@contextmanager
+def locked(path: str | os.PathLike[str], *, wait: bool = True) -> Iterator[None]:
+    """Holds a lock on the file `path`, which is made and stays; the lock ends with the process, however that ends.
+
+    Raises:
+        BlockingIOError: with `wait=False`, when another process holds the lock.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.open("a") as handle:
+        if fcntl is not None:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield

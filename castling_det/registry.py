@@ -1,13 +1,8 @@
-"""Child registries of mmengine's, so that `type='castling_det.X'` is found by any MMDetection config.
+"""Child registries of MMEngine's: any MMDetection config finds `type='castling_det.X'` without `custom_imports`.
 
-`locations` are imported at the first look-up: no `custom_imports`, no edited `train.py`.
-
-mmengine builds what a config inherits from `_base_ = 'castling_det::...'` in the scope `castling_det`, and
-that includes MMDetection's own types (`GFL`, `Resize`, `CocoMetric`). So there is a registry here for each
-of MMDetection's, and a name without a scope that is not ours is looked up there.
+MMEngine builds everything that a config inherits from `_base_ = 'castling_det::...'` in the scope `castling_det`, also
+MMDetection's own types (`GFL`, `Resize`). So each of its kinds has a registry here, which asks MMDetection's.
 """
-
-from __future__ import annotations
 
 from importlib import import_module
 from typing import Any
@@ -15,57 +10,23 @@ from typing import Any
 from mmengine import registry as mmengine_registry
 from mmengine.registry import Registry
 
-__all__ = [
-    "DATASETS",
-    "HOOKS",
-    "MODELS",
-    "OPTIM_WRAPPERS",
-    "OPTIM_WRAPPER_CONSTRUCTORS",
-    "TASK_UTILS",
-    "WEIGHT_INITIALIZERS",
-    "HostedRegistry",
-]
-
-SCOPE = "castling_det"
-HOST = "mmdet"
-BORROWED = (
-    "DATA_SAMPLERS",
-    "EVALUATOR",
-    "LOG_PROCESSORS",
-    "LOOPS",
-    "METRICS",
-    "MODEL_WRAPPERS",
-    "OPTIMIZERS",
-    "PARAM_SCHEDULERS",
-    "RUNNERS",
-    "RUNNER_CONSTRUCTORS",
-    "TRANSFORMS",
-    "VISBACKENDS",
-    "VISUALIZERS",
-)
-"""Kinds that this package adds nothing to."""
-
 
 class HostedRegistry(Registry):
-    """Asks MMDetection's registry of the same kind for a name without a scope that it does not hold.
-
-    Before mmengine's, the parent of both: the `Resize` there is mmcv's, not MMDetection's.
-    """
+    """Looks a name without a scope up in MMDetection's registry before MMEngine's, where `Resize` is MMCV's."""
 
     def get(self, key: str) -> Any:
-        scope, name = self.split_scope_key(key)
         self.import_from_location()
-        if scope is not None or name in self.module_dict:
+        if "." in key or key in self.module_dict:
             return super().get(key)
-        import_module(f"{HOST}.registry")
-        host = self.root.children.get(HOST)
+        import_module("mmdet.registry")
+        host = self.root.children.get("mmdet")
         return super().get(key) if host is None else host.get(key)
 
 
-def _registry(kind: str, location: str = __name__) -> HostedRegistry:
-    # mmengine wants at least one location; this module is one that is there and adds nothing.
+def _registry(kind: str, *locations: str) -> HostedRegistry:
     parent = getattr(mmengine_registry, kind)
-    return HostedRegistry(parent.name, parent=parent, scope=SCOPE, locations=[location])
+    # MMEngine asks for at least one location; this module is one that adds nothing.
+    return HostedRegistry(parent.name, parent=parent, scope="castling_det", locations=[*(locations or [__name__])])
 
 
 MODELS = _registry("MODELS", "castling_det.models")
@@ -75,4 +36,7 @@ OPTIM_WRAPPERS = _registry("OPTIM_WRAPPERS", "castling_det.engine")
 OPTIM_WRAPPER_CONSTRUCTORS = _registry("OPTIM_WRAPPER_CONSTRUCTORS", "castling_det.engine")
 TASK_UTILS = _registry("TASK_UTILS", "castling_det.models")
 WEIGHT_INITIALIZERS = _registry("WEIGHT_INITIALIZERS", "castling_det.conversion.pretrained")
-_borrowed = [_registry(kind) for kind in BORROWED]
+# Nothing of ours is registered under the other kinds.
+for _kind in mmengine_registry.__all__:
+    if _kind not in globals() and isinstance(getattr(mmengine_registry, _kind), Registry):
+        _registry(_kind)

@@ -46,7 +46,7 @@ def test_backbone_for_another_detector(tmp_path):
 
 
 def test_the_tables_are_up_to_date(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["update_tables.py", "--check"])
+    monkeypatch.setattr(sys, "argv", ["tables.py", "--check"])
     with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(ROOT / "tools" / "update_tables.py"), run_name="__main__")
-    assert stop.value.code == 0, "run python tools/update_tables.py"
+        runpy.run_path(str(ROOT / "tools" / "dev" / "tables.py"), run_name="__main__")
+    assert stop.value.code == 0, "run python tools/dev/tables.py"

@@ -15,6 +15,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -47,11 +48,27 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def load_detector(config: str | Path, checkpoint: Path) -> tuple[Any, Any, dict[str, Any]]:
+    """The config, its detector with the weights of the checkpoint in eval mode, and the checkpoint's meta.
+
+    Raises:
+        ValueError: config or checkpoint that cannot be read, or that do not belong together.
+    """
+    from castling_det.config import load_config
+    from castling_det.conversion import load_checkpoint
+    from castling_det.conversion.detectors import build_detector, load_weights
+
+    loaded = load_config(config)
+    model, content = build_detector(loaded), load_checkpoint(checkpoint)
+    load_weights(model, content, checkpoint)
+    return loaded, model, content.get("meta") or {}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
     args = parse_args(arguments)
     from castling_det.layers import attention_layers
-    from castling_det.report.attention_maps import attention_picture, capture, load_detector
+    from castling_det.report.attention_maps import attention_picture, capture
 
     if args.out is None and not args.list:
         print("error: --out: expected a file to write, or --list", file=sys.stderr)

@@ -32,7 +32,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the problems; returns the exit code."""
     args = parse_args(arguments)
-    from castling_det.datasets.check_dataset import check_dataset
+    from castling_det.datasets.config_checks import check_dataset
 
     try:
         problems = check_dataset(args.source, classes=args.classes, image_root=args.images, level=args.level)

@@ -1,15 +1,40 @@
-"""Prints parameters and multiply-adds (MACs) of a config's detector, in closed form. Needs no data and no weights."""
+"""Prints parameters and multiply-adds (MACs) of a config's detector. Needs no data and no weights."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 
 from mmengine.config import DictAction
 
 from castling_det.config import load_config
-from castling_det.report.complexity import detector_complexity
-from castling_det.report.complexity_text import complexity_table, write_complexity
+from castling_det.files import write_json
+from castling_det.report.complexity import Complexity, detector_complexity
+
+
+def table(found: Complexity, *, by_module: bool) -> str:
+    """Parameters and GMACs by part and by kind, and by module if asked, as aligned text."""
+    sections = {"by part": found.macs_by_part, "by kind": found.macs_by_kind}
+    if by_module:
+        sections["by module"] = {name: sum(kinds.values()) for name, kinds in found.modules.items()}
+    sections["by part"] = dict.fromkeys(found.params_by_part, 0) | sections["by part"]
+    rows = []
+    for title, section in sections.items():
+        params = found.params_by_part if title == "by part" else {}
+        rows.append((title, "params" if params else "", "gmacs", "share"))
+        for name, macs in sorted(section.items(), key=lambda item: -item[1] if title == "by kind" else 0):
+            count = f"{params[name]:,}" if name in params else ""
+            rows.append((name, count, f"{macs / 1e9:,.4f}", f"{macs / (found.macs or 1):.1%}"))
+        rows.append(("", "", "", ""))
+    rows.append(("total", f"{found.params:,}", f"{found.gmacs:,.4f}", "100.0%"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
+    size, padded = (" x ".join(map(str, shape)) for shape in (found.input_shape, found.padded_shape))
+    head = f"{found.config}: one image of {size} pixels (height x width)"
+    head += f" padded to {padded}" if padded != size else ""
+    missing = [f"not counted: {operator}" for operator in found.uncounted]
+    return "\n".join([head, "gmacs: 10^9 multiply-adds", "", *lines, *missing])
 
 
 def main() -> int:
@@ -36,13 +61,14 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         config = load_config(arguments.config, arguments.cfg_options)
-        complexity = detector_complexity(config, tuple(arguments.shape), name=arguments.config)
+        found = detector_complexity(config, tuple(arguments.shape), name=arguments.config)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(complexity_table(complexity, by_module=arguments.modules))
+    print(table(found, by_module=arguments.modules))
     if arguments.json:
-        write_complexity(arguments.json, complexity)
+        totals = {name: getattr(found, name) for name in ("macs", "gmacs", "macs_by_part", "macs_by_kind")}
+        write_json(arguments.json, totals | dataclasses.asdict(found))
     return 0
 
 

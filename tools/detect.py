@@ -1,4 +1,4 @@
-"""Detects in images, a folder, a glob, a video or a camera: `tools/detect.py MODEL SOURCE --out FOLDER`.
+"""Detects in images, a folder, a glob or a video: `tools/detect.py MODEL SOURCE --out FOLDER`.
 
 MODEL is an ONNX file of tools/export_onnx.py, which needs neither PyTorch nor MMDetection, or a checkpoint with
 --config.
@@ -19,7 +19,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help=".onnx file, or checkpoint .pth")
-    parser.add_argument("source", help="image, folder, glob in quotes, video, or number of a camera")
+    parser.add_argument("source", help="image, folder, glob in quotes, or video (which needs castling-det[video])")
     parser.add_argument("--config", help="config of a checkpoint")
     parser.add_argument("--out", type=Path, default=Path("detections"), help="folder to write (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
@@ -31,7 +31,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--overlap", type=float, default=0.2, help="of neighbouring tiles, in [0, 1) (%(default)s)")
     parser.add_argument("--ann", type=Path, help="COCO file whose image and category ids the predictions take")
     parser.add_argument("--no-draw", action="store_true", help="write predictions only, no pictures or video")
-    parser.add_argument("--max-frames", type=int, metavar="N", help="of a video or camera; a camera runs until Ctrl-C")
+    parser.add_argument("--max-frames", type=int, metavar="N", help="of a video")
     parser.add_argument(
         "--max-pixels", type=int, default=100_000_000, metavar="N", help="height x width of the largest image (1e8)"
     )
@@ -43,12 +43,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_args(arguments)
     try:
         from castling_det.runtime.detector import Detector
-        from castling_det.runtime.run import detect_source, open_source
+        from castling_det.runtime.run import detect_source
+        from castling_det.runtime.sources import open_source
     except ImportError as error:
         print(f"detect: {error}; pip install 'castling-det[runtime]'", file=sys.stderr)
         return 1
     try:
-        # The source first: a missing camera or folder is said before a model is loaded.
+        # The source first: a missing folder is said before a model is loaded.
         source = open_source(args.source, max_frames=args.max_frames, max_pixels=args.max_pixels)
         detector = Detector(
             args.model,
@@ -71,7 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("detect: interrupted", file=sys.stderr)
         return 130
     skipped = f", {outcome.skipped} skipped" if outcome.skipped else ""
-    print(f"{outcome.detections} detections in {outcome.images} images{skipped}; {args.out / 'predictions.json'}")
+    written = f"; {args.out / 'predictions.json'}" if outcome.images else ""
+    print(f"{outcome.detections} detections in {outcome.images} images{skipped}{written}")
     return outcome.exit_code
 
 

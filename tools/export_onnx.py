@@ -6,8 +6,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from castling_det.export.command_line import add_export_arguments, refusal
-
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
@@ -15,7 +13,18 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         description="Exports a detector with linear attention to one ONNX file with dynamic batch, height and width, "
         "and compares it with PyTorch at three sizes before it takes its name. docs/deployment.md has the format.",
     )
-    add_export_arguments(parser, suffix=".onnx", precisions=("float32", "float16", "int8"))
+    parser.add_argument("config", help="deploy config, attention='linear'")
+    parser.add_argument("checkpoint", help="checkpoint that tools/convert.py wrote, or of a linear training")
+    parser.add_argument("out", help="file to write, .onnx")
+    parser.add_argument(
+        "--no-preprocessing", action="store_true", help="take normalised images; default: as OpenCV reads them"
+    )
+    parser.add_argument(
+        "--precision",
+        choices=("float32", "float16", "int8"),
+        default="float32",
+        help="of weights and features; int8: linear layers quantised dynamically, the rest float32",
+    )
     parser.add_argument("--raw", action="store_true", help="the head's own outputs instead of boxes, scores, labels")
     parser.add_argument("--opset", type=int, default=20, metavar="N", help="of ONNX's default domain (20)")
     parser.add_argument(
@@ -31,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exports; 0 on success, 1 with one line on stderr on any refusal."""
     args = parse_args(arguments)
     try:
-        from castling_det.export.export import export_onnx
+        from castling_det.export.onnx import export_onnx
 
         report = export_onnx(
             args.config,
@@ -42,10 +51,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             precision=args.precision,
             opset=args.opset,
             shapes=[_shape(text) for text in args.shapes] if args.shapes else None,
-            allow_head_softmax=args.allow_head_softmax,
         )
-    except (ImportError, ValueError, OSError) as error:
-        print(f"export_onnx: {refusal(error)}", file=sys.stderr)
+    except ImportError as error:
+        print(f"export_onnx: {error}; pip install 'castling-det[export]'", file=sys.stderr)
+        return 1
+    except (ValueError, OSError) as error:
+        # An OSError of ours has its sentence in `strerror`, the system's has the file beside it.
+        said = error.strerror if isinstance(error, OSError) and not error.filename else error
+        print(f"export_onnx: {said}", file=sys.stderr)
         return 1
     print(report.summary())
     return 0

@@ -13,7 +13,7 @@ a COCO results file (FILE.json, evaluated here). More fields follow after commas
 Runs of the same name are seeds of one another and share a row. A run that was not tested has the figures of its last
 validation, and says so. Differences from the baseline get an interval, by a bootstrap over the test images, where
 predictions of both are at hand. Latency and memory are read from --benchmark or --latency.
-Exit code: 0; 1 if a run failed; 2 for a wrong argument.
+Exit code: 0; 1 if a run failed; 2 for a wrong argument or a file that cannot be read or written.
 
   tools/report.py --run softmax=work_dirs/demo/seed0/softmax --run castling=work_dirs/demo/seed0/castling
       --run deploy=work_dirs/demo/seed0/deploy --baseline softmax --deployed deploy
@@ -28,17 +28,11 @@ import sys
 from pathlib import Path
 
 from castling_det.files import atomic_write
-from castling_det.report import (
-    Annotations,
-    RunSpec,
-    build_report,
-    comparison_pictures,
-    markdown,
-    read_attention,
-    read_latency,
-    strip,
-    write_report,
-)
+from castling_det.report.build import build_report, comparison_pictures, read_attention, read_latency
+from castling_det.report.evaluation import Annotations
+from castling_det.report.gallery import strip
+from castling_det.report.render import markdown, write_report
+from castling_det.report.runs import RunSpec
 
 
 def main() -> int:
@@ -81,14 +75,14 @@ def main() -> int:
         )
         pictures = comparison_pictures(report, specs, annotations, arguments.images, count=arguments.pictures)
         attention = read_attention(arguments.attention) if arguments.attention else ()
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        write_report(arguments.out, report, pictures, attention)
+        if arguments.strip and pictures:
+            titles = ("ground truth", f"{report.baseline} (baseline)", f"{report.deployed} (linear attention only)")
+            with atomic_write(arguments.strip) as temporary:
+                strip(pictures[0], titles).save(temporary, format="PNG", optimize=True)
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    write_report(arguments.out, report, pictures, attention)
-    if arguments.strip and pictures:
-        titles = ("ground truth", f"{report.baseline} (baseline)", f"{report.deployed} (linear attention only)")
-        with atomic_write(arguments.strip) as temporary:
-            strip(pictures[0], titles).save(temporary, format="PNG", optimize=True)
     print(markdown(report))
     print(f"{arguments.out / 'index.html'}")
     return 1 if report.failed else 0

@@ -1,56 +1,47 @@
-"""The study of the options on the tree crowns: each trained alike over three seeds. Goes on where it was interrupted.
+"""The study of the attention's options: each trained alike over three seeds. Goes on where it was interrupted.
 
-The data comes from tools/prepare_tree_crowns.py. About ten minutes of one core for each run.
+About ten minutes of one core for each run.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
-from castling_det.experiments import StepFailed, Study, Variant, run_steps, study_steps
+from experiments import Experiment, common_arguments, last_checkpoint, run_experiment
+from steps import Step
 
-ROOT = Path(__file__).resolve().parent.parent
-
+ATTENTION = "model.backbone.attn_cfg"
+HOOK = "custom_hooks.2"
 # The published block: 9 x 1 convolution along the raster, an absolute threshold of 0.02 that stays until the mask is
-# emptied for good. The rows after it change one option of it each; the last one is the config as it stands.
+# emptied for good.
 PUBLISHED = {
-    "model.backbone.center_keys": "False",
-    "model.backbone.local_conv": "tokens",
-    "model.backbone.threshold_unit": "absolute",
-    "model.backbone.threshold": "0.02",
-    "custom_hooks.2.schedule": "constant",
-    "custom_hooks.2.begin": "0",
-    "custom_hooks.2.end": "1.0",
+    f"{ATTENTION}.center_keys": "False",
+    f"{ATTENTION}.local_conv": "tokens",
+    f"{ATTENTION}.threshold_unit": "absolute",
+    f"{ATTENTION}.threshold": "0.02",
+    f"{HOOK}.schedule": "constant",
+    f"{HOOK}.begin": "0",
+    f"{HOOK}.end": "1.0",
 }
-VARIANTS = {
-    "softmax": Variant("softmax", {}, "softmax and the local convolution of the linear models"),
-    "softmax-plain": Variant("softmax", {"model.backbone.local_conv": "None"}, "a vanilla ViT"),
-    "linear": Variant("linear", {}, "linear from the start"),
-    "published": Variant("castling", PUBLISHED, "castling with the published options"),
-    "kernel": Variant("castling", {**PUBLISHED, "model.backbone.normalizer": "kernel"}, "normaliser"),
-    "center-keys": Variant("castling", {**PUBLISHED, "model.backbone.center_keys": "True"}, "centred keys"),
-    "image-conv": Variant("castling", {**PUBLISHED, "model.backbone.local_conv": "image"}, "local convolution"),
-    "uniform": Variant(
-        "castling",
-        {
-            **PUBLISHED,
-            "model.backbone.threshold_unit": "uniform",
-            "model.backbone.threshold": "1.0",
-            "custom_hooks.2.end": "576",
-        },
-        "mask unit",
-    ),
-    "geometric": Variant("castling", {**PUBLISHED, "custom_hooks.2.schedule": "geometric"}, "schedule"),
-    "ramp": Variant("castling", {"custom_hooks.2.begin": "0"}, "our options, the threshold rising from the start"),
-    "ramp-centered": Variant(
-        "castling",
-        {"custom_hooks.2.begin": "0", "model.backbone.center_keys": "True"},
-        "the same and centred keys",
-    ),
-    "castling": Variant("castling", {}, "castling with our options"),
+UNIFORM = {f"{ATTENTION}.threshold_unit": "uniform", f"{ATTENTION}.threshold": "1.0", f"{HOOK}.end": "576"}
+RAMP = {f"{HOOK}.begin": "0"}
+# By row: the config that it starts from, and what is set otherwise, in the form of MMDetection's `--cfg-options`.
+VARIANTS: dict[str, tuple[str, dict[str, str]]] = {
+    "softmax": ("softmax", {}),  # with the local convolution of the linear models
+    "softmax-plain": ("softmax", {f"{ATTENTION}.local_conv": "None"}),  # a vanilla ViT
+    "linear": ("linear", {}),  # from the start
+    "published": ("castling", PUBLISHED),
+    # One option of the published block changed in each.
+    "kernel": ("castling", PUBLISHED | {f"{ATTENTION}.normalizer": "kernel"}),
+    "center-keys": ("castling", PUBLISHED | {f"{ATTENTION}.center_keys": "True"}),
+    "image-conv": ("castling", PUBLISHED | {f"{ATTENTION}.local_conv": "image"}),
+    "uniform": ("castling", PUBLISHED | UNIFORM),
+    "geometric": ("castling", PUBLISHED | {f"{HOOK}.schedule": "geometric"}),
+    # Our options, with the threshold rising from the start; the last row is the config as it stands.
+    "ramp": ("castling", RAMP),
+    "ramp-centered": ("castling", RAMP | {f"{ATTENTION}.center_keys": "True"}),
+    "castling": ("castling", {}),
 }
 
 
@@ -66,49 +57,39 @@ def recipe(max_iters: int) -> dict[str, str]:
     }
 
 
-def parse_args() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work-dir", type=Path, default=Path("work_dirs/options"), help="where everything is written")
-    parser.add_argument("--data-root", type=Path, default=Path("data/tree_crowns"), help="where the data was prepared")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="rows (default: all)")
-    parser.add_argument("--baseline", choices=VARIANTS, default="softmax", help="what the others are compared with")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="runs of each row (default: 0 1 2)")
-    parser.add_argument(
-        "--max-iters", type=int, default=1600, help="of every training, instead of the config's (default: 1600)"
-    )
-    parser.add_argument("--jobs", type=int, default=2, help="commands that run at once, sharing the cores (default: 2)")
-    return parser.parse_args()
+def study_steps(
+    plan: Experiment, variants: Sequence[str], seeds: Sequence[int], recipe: Mapping[str, str], baseline: str
+) -> list[Step]:
+    """Every variant trained and tested over seeds, and compared with the baseline.
+
+    Hybrids are tested in eval mode, which is their deployed form: once the mask is empty, conversion changes no bit.
+    """
+    steps: list[Step] = []
+    for seed in seeds:
+        for name in variants:
+            attention, changes = VARIANTS[name]
+            config, options = plan.config(attention), {**recipe, **changes}
+            train = plan.train(seed, name, config, options)
+            of_model = {key: value for key, value in options.items() if key.startswith("model.")}
+            weights = train.folder / last_checkpoint(config, options)
+            steps += [train, plan.test(seed, name, config, weights, of_model, after=train)]
+    runs = [(name, plan.folder(seed, name)) for seed in seeds for name in variants]
+    return [*steps, plan.report(runs, steps, baseline=baseline, deployed=variants[-1])]
 
 
 def main() -> int:
     """Runs the study; 0 when every step succeeded."""
-    args = parse_args()
-    annotations = args.data_root / "annotations" / "val.json"
-    study = Study(
-        work_dir=args.work_dir,
-        configs=ROOT / "configs" / "castling_vit",
-        tools=ROOT / "tools",
-        prefix="gfl_castling-vit-nano",
-        suffix="tree-crowns",
-        variants={
-            name: replace(variant, options={**recipe(args.max_iters), **variant.options})
-            for name, variant in VARIANTS.items()
-            if name in {*args.variants, args.baseline}
-        },
-        baseline=args.baseline,
-        train_annotations=annotations.with_name("train.json"),
-        annotations=annotations,
-        images=args.data_root / "val",
-        seeds=args.seeds,
+    parser = common_arguments(__doc__, "work_dirs/options", [0, 1, 2])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="rows (default: all)")
+    parser.add_argument("--baseline", choices=VARIANTS, default="softmax", help="what the others are compared with")
+    parser.add_argument(
+        "--max-iters", type=int, default=1600, help="of every training, instead of the config's (default: 1600)"
     )
-    try:
-        run_steps(study_steps(study), jobs=args.jobs)
-    except StepFailed as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print((args.work_dir / "report" / "report.md").read_text(encoding="utf-8"))
-    return 0
+    args = parser.parse_args()
+    plan = Experiment(args.work_dir, args.model, args.data, args.data_root)
+    variants = [name for name in VARIANTS if name in {*args.variants, args.baseline}]
+    steps = lambda: study_steps(plan, variants, args.seeds, recipe(args.max_iters), args.baseline)  # noqa: E731
+    return run_experiment(plan, ("softmax", "castling"), steps, jobs=args.jobs)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,4 @@
-"""Running on MMDetection as it is installed: a check of the host, and stand-ins for absent operators.
+"""Running on MMDetection as it is installed: `host` checks which one that is, the others stand in for MMCV's operators.
 
-`host` needs the standard library only; the stand-ins (`stand_in` and its parts) load with `mmcv.ops`.
+`host` needs the standard library only; the stand-ins load with `mmcv.ops`.
 """
-
-from castling_det.compat.host import (
-    HOST_PACKAGES,
-    HostPackage,
-    check_host,
-    host_problems,
-    host_warnings,
-    installed_distributions,
-)
-
-__all__ = ["HOST_PACKAGES", "HostPackage", "check_host", "host_problems", "host_warnings", "installed_distributions"]

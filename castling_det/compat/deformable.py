@@ -1,10 +1,12 @@
-"""Deformable convolutions by torchvision and deformable attention in torch, under mmcv's names and arguments.
+"""Deformable convolutions by torchvision's kernels and deformable attention in torch, under MMCV's names and arguments.
 
-Scratch space of the compiled operators (`columns`, `ones`, `im2col_step`) is accepted and not used.
-Offsets are (B, 2 * deformable_group * kH * kW, H_out, W_out), y before x, as torchvision has them.
+Offsets are (B, 2 * deformable_group * kH * kW, H_out, W_out), y before x, as torchvision has them. MMCV passes its
+scratch space (`columns`, `ones`) and `im2col_step` too; they are accepted and unused. It passes sizes as keywords.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torchvision.ops  # noqa: F401  # registers the kernels called below
@@ -20,199 +22,86 @@ __all__ = [
     "ms_deform_attn_forward",
 ]
 
-
-def deform_conv_forward(
-    input: Tensor,
-    weight: Tensor,
-    offset: Tensor,
-    output: Tensor,
-    columns: Tensor,
-    ones: Tensor,
-    kW: int,
-    kH: int,
-    dW: int,
-    dH: int,
-    padW: int,
-    padH: int,
-    dilationW: int,
-    dilationH: int,
-    group: int,
-    deformable_group: int,
-    im2col_step: int,
-) -> None:
-    """Writes the convolution to `output`, (B, C_out, H_out, W_out)."""
-    geometry = (dH, dW, padH, padW, dilationH, dilationW, group, deformable_group)
-    output.copy_(_forward(input, weight, offset, None, None, geometry))
+_PLAIN = ("dH", "dW", "padH", "padW", "dilationH", "dilationW", "group", "deformable_group")
+_MODULATED = ("stride_h", "stride_w", "pad_h", "pad_w", "dilation_h", "dilation_w", "group", "deformable_group")
+_OUTSIDE = -1e4
+"""An offset that leads outside of every feature map, where samples are zero."""
 
 
-def deform_conv_backward_input(
-    input: Tensor,
-    offset: Tensor,
-    gradOutput: Tensor,
-    gradInput: Tensor,
-    gradOffset: Tensor,
-    weight: Tensor,
-    columns: Tensor,
-    kW: int,
-    kH: int,
-    dW: int,
-    dH: int,
-    padW: int,
-    padH: int,
-    dilationW: int,
-    dilationH: int,
-    group: int,
-    deformable_group: int,
-    im2col_step: int,
-) -> None:
-    """Adds the gradients of input and offset to `gradInput` and `gradOffset`."""
-    geometry = (dH, dW, padH, padW, dilationH, dilationW, group, deformable_group)
-    of_input, _, of_offset, _, _ = _backward(gradOutput, input, weight, offset, None, None, geometry)
-    gradInput += of_input
-    gradOffset += of_offset
+def deform_conv_forward(*tensors: Tensor, **sizes: int) -> None:
+    """Takes input, weight, offset, output, columns, ones. Writes output, (B, C_out, H_out, W_out)."""
+    input, weight, offset, output, *_ = tensors
+    output.copy_(_forward(input, weight, offset, None, None, _geometry(sizes, _PLAIN)))
 
 
-def deform_conv_backward_parameters(
-    input: Tensor,
-    offset: Tensor,
-    gradOutput: Tensor,
-    gradWeight: Tensor,
-    columns: Tensor,
-    ones: Tensor,
-    kW: int,
-    kH: int,
-    dW: int,
-    dH: int,
-    padW: int,
-    padH: int,
-    dilationW: int,
-    dilationH: int,
-    group: int,
-    deformable_group: int,
-    scale: float,
-    im2col_step: int,
-) -> None:
-    """Adds `scale` times the gradient of the weight to `gradWeight`."""
-    geometry = (dH, dW, padH, padW, dilationH, dilationW, group, deformable_group)
+def deform_conv_backward_input(*tensors: Tensor, **sizes: int) -> None:
+    """Takes input, offset, grad_output, grad_input, grad_offset, weight, columns. Adds to the gradients."""
+    input, offset, grad_output, grad_input, grad_offset, weight, _ = tensors
+    gradients = _backward(grad_output, input, weight, offset, None, None, _geometry(sizes, _PLAIN))
+    grad_input += gradients[0]
+    grad_offset += gradients[2]
+
+
+def deform_conv_backward_parameters(*tensors: Tensor, scale: float, **sizes: int) -> None:
+    """Takes input, offset, grad_output, grad_weight, columns, ones. Adds `scale` times the gradient to grad_weight."""
+    input, offset, grad_output, grad_weight, *_ = tensors
     # The output is linear in the weight, so its gradient does not depend on the weight's value.
-    gradients = _backward(gradOutput, input, torch.zeros_like(gradWeight), offset, None, None, geometry)
-    gradWeight += scale * gradients[1]
+    zeros = torch.zeros_like(grad_weight)
+    grad_weight += scale * _backward(grad_output, input, zeros, offset, None, None, _geometry(sizes, _PLAIN))[1]
 
 
-def modulated_deform_conv_forward(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    ones: Tensor,
-    offset: Tensor,
-    mask: Tensor,
-    output: Tensor,
-    columns: Tensor,
-    kernel_h: int,
-    kernel_w: int,
-    stride_h: int,
-    stride_w: int,
-    pad_h: int,
-    pad_w: int,
-    dilation_h: int,
-    dilation_w: int,
-    group: int,
-    deformable_group: int,
-    with_bias: bool,
-) -> None:
-    """Writes the convolution; `mask` (B, deformable_group * kH * kW, H_out, W_out) weights its samples."""
-    geometry = (stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, group, deformable_group)
-    output.copy_(_forward(input, weight, offset, mask, bias if with_bias else None, geometry))
+def modulated_deform_conv_forward(*tensors: Tensor, with_bias: bool, **sizes: int) -> None:
+    """Takes input, weight, bias, ones, offset, mask, output, columns. Writes the convolution to output.
+
+    The mask, (B, deformable_group * kH * kW, H_out, W_out), weights its samples.
+    """
+    input, weight, bias, _, offset, mask, output, _ = tensors
+    output.copy_(_forward(input, weight, offset, mask, bias if with_bias else None, _geometry(sizes, _MODULATED)))
 
 
-def modulated_deform_conv_backward(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    ones: Tensor,
-    offset: Tensor,
-    mask: Tensor,
-    columns: Tensor,
-    grad_input: Tensor,
-    grad_weight: Tensor,
-    grad_bias: Tensor,
-    grad_offset: Tensor,
-    grad_mask: Tensor,
-    grad_output: Tensor,
-    kernel_h: int,
-    kernel_w: int,
-    stride_h: int,
-    stride_w: int,
-    pad_h: int,
-    pad_w: int,
-    dilation_h: int,
-    dilation_w: int,
-    group: int,
-    deformable_group: int,
-    with_bias: bool,
-) -> None:
-    """Adds every gradient to its `grad_*` tensor."""
-    geometry = (stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, group, deformable_group)
+def modulated_deform_conv_backward(*tensors: Tensor, with_bias: bool, **sizes: int) -> None:
+    """Takes input, weight, bias, ones, offset, mask, columns, the gradients of five of them, and that of the output.
+
+    The five are those of input, weight, bias, offset and mask; each is added to.
+    """
+    input, weight, bias, _, offset, mask, _, of_input, of_weight, of_bias, of_offset, of_mask, grad_output = tensors
+    geometry = _geometry(sizes, _MODULATED)
     gradients = _backward(grad_output, input, weight, offset, mask, bias if with_bias else None, geometry)
-    for total, gradient in zip((grad_input, grad_weight, grad_offset, grad_mask), gradients[:4], strict=True):
+    totals = [of_input, of_weight, of_offset, of_mask, *([of_bias] if with_bias else [])]
+    for total, gradient in zip(totals, gradients, strict=False):
         total += gradient
-    if with_bias:
-        grad_bias += gradients[4]
 
 
 def ms_deform_attn_forward(
-    value: Tensor,
-    value_spatial_shapes: Tensor,
-    value_level_start_index: Tensor,
-    sampling_locations: Tensor,
-    attention_weights: Tensor,
-    im2col_step: int,
+    value: Tensor, shapes: Tensor, level_starts: Tensor, locations: Tensor, weights: Tensor, im2col_step: int
 ) -> Tensor:
-    """Multi-scale deformable attention, (B, queries, heads * K), by mmcv's own torch function."""
+    """Multi-scale deformable attention, (B, queries, heads * K), by MMCV's own torch function."""
     # Imported late: mmcv.ops is what loads this module.
     from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch
 
-    shapes = value_spatial_shapes.tolist()  # once, not one synchronisation for each level
-    output: Tensor = multi_scale_deformable_attn_pytorch(value, shapes, sampling_locations, attention_weights)
+    # A list once, not one synchronisation for each level.
+    output: Tensor = multi_scale_deformable_attn_pytorch(value, shapes.tolist(), locations, weights)
     return output
 
 
-def ms_deform_attn_backward(
-    value: Tensor,
-    value_spatial_shapes: Tensor,
-    value_level_start_index: Tensor,
-    sampling_locations: Tensor,
-    attention_weights: Tensor,
-    grad_output: Tensor,
-    grad_value: Tensor,
-    grad_sampling_loc: Tensor,
-    grad_attn_weight: Tensor,
-    im2col_step: int,
-) -> None:
-    """Adds the gradients of value, locations and weights to the `grad_*` tensors."""
+def ms_deform_attn_backward(*tensors: Tensor, im2col_step: int) -> None:
+    """Takes forward's tensors, grad_output, and the gradients of value, locations and weights, which it adds to."""
+    value, shapes, level_starts, locations, weights, grad_output, *totals = tensors
     with torch.enable_grad():
-        value, locations, weights = (
-            tensor.detach().requires_grad_() for tensor in (value, sampling_locations, attention_weights)
-        )
-        output = ms_deform_attn_forward(
-            value, value_spatial_shapes, value_level_start_index, locations, weights, im2col_step
-        )
-        gradients = torch.autograd.grad(output, (value, locations, weights), grad_output)
-    for total, gradient in zip((grad_value, grad_sampling_loc, grad_attn_weight), gradients, strict=True):
+        leaves = tuple(tensor.detach().requires_grad_() for tensor in (value, locations, weights))
+        output = ms_deform_attn_forward(leaves[0], shapes, level_starts, leaves[1], leaves[2], im2col_step)
+        gradients = torch.autograd.grad(output, leaves, grad_output)
+    for total, gradient in zip(totals, gradients, strict=True):
         total += gradient
 
 
-Geometry = tuple[int, int, int, int, int, int, int, int]
-"""Stride, padding and dilation, each as height and width; groups; deformable groups."""
+def _geometry(sizes: dict[str, int], names: tuple[str, ...]) -> tuple[int, ...]:
+    """Stride, padding and dilation, each as height and width; groups; deformable groups."""
+    return tuple(sizes[name] for name in names)
 
 
 def _forward(
-    input: Tensor,
-    weight: Tensor,
-    offset: Tensor,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    geometry: Geometry,
+    input: Tensor, weight: Tensor, offset: Tensor, mask: Tensor | None, bias: Tensor | None, geometry: tuple[int, ...]
 ) -> Tensor:
     operands = _operands(input, weight, offset, mask, bias)
     output: Tensor = torch.ops.torchvision.deform_conv2d(*operands, *geometry, mask is not None)
@@ -226,14 +115,36 @@ def _backward(
     offset: Tensor,
     mask: Tensor | None,
     bias: Tensor | None,
-    geometry: Geometry,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    geometry: tuple[int, ...],
+) -> list[Tensor]:
     """Gradients of input, weight, offset, mask and bias."""
     operands = _operands(input, weight, offset, mask, bias)
-    gradients: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = torch.ops.torchvision._deform_conv2d_backward(
-        grad_output.to(operands[0].dtype), *operands, *geometry, mask is not None
+    gradients: list[Any] = list(
+        torch.ops.torchvision._deform_conv2d_backward(
+            grad_output.to(operands[0].dtype), *operands, *geometry, mask is not None
+        )
     )
+    gradients[2] = gradients[2].masked_fill(_samples_outside(input, weight, operands[2], geometry), 0)
     return gradients
+
+
+def _samples_outside(input: Tensor, weight: Tensor, offset: Tensor, geometry: tuple[int, ...]) -> Tensor:
+    """Which offsets (their shape) lead to samples at or beyond -1 or the far side: (B, 2 * groups * taps, H, W).
+
+    Such a sample is zero and MMCV gives it no gradient; torchvision gives one to a sample at exactly -1, which is
+    where a padded convolution with zero offsets, such as a new one, has its first samples.
+    """
+    (height, width), (kernel_h, kernel_w) = input.shape[-2:], weight.shape[-2:]
+    stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w = geometry[:6]
+    rows, columns = (torch.arange(side, device=offset.device) for side in offset.shape[-2:])
+    tap_rows, tap_columns = (torch.arange(side, device=offset.device) for side in (kernel_h, kernel_w))
+    y = (tap_rows * dilation_h - pad_h)[:, None, None, None] + (rows * stride_h)[:, None]
+    x = (tap_columns * dilation_w - pad_w)[:, None, None] + columns * stride_w
+    y_x = offset.unflatten(1, (-1, kernel_h, kernel_w, 2))
+    y, x = y + y_x[:, :, :, :, 0], x + y_x[:, :, :, :, 1]
+    outside = (y <= -1) | (y >= height) | (x <= -1) | (x >= width)
+    mask: Tensor = outside.unsqueeze(4).expand_as(y_x).flatten(1, 4)
+    return mask
 
 
 def _operands(
@@ -243,4 +154,6 @@ def _operands(
     work = torch.float64 if input.dtype == torch.float64 else torch.float32
     mask = input.new_zeros(input.shape[0], 1) if mask is None else mask
     bias = input.new_zeros(weight.shape[0]) if bias is None else bias
+    # A NaN becomes an index in the kernel and ends the process: such a sample is zero, as one far outside.
+    offset = offset.nan_to_num(_OUTSIDE, posinf=-_OUTSIDE, neginf=_OUTSIDE)
     return tuple(tensor.to(work) for tensor in (input, weight, offset, mask, bias))

@@ -9,8 +9,17 @@ import re
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from pathlib import Path
 
-__all__ = ["HOST_PACKAGES", "HostPackage", "check_host", "host_problems", "host_warnings", "installed_distributions"]
+__all__ = [
+    "HOST_PACKAGES",
+    "HostPackage",
+    "check_host",
+    "host_problems",
+    "host_warnings",
+    "installed_distributions",
+    "mmdet_tool",
+]
 
 INSTALL_HINT = "pip install 'castling-det[onedl]'"
 EXPORTING_TORCH = "2.8"
@@ -65,14 +74,11 @@ def host_problems() -> list[str]:
         name, found = installed[package.module] = distributions[0]
         if not release(package.minimum) <= release(found) < release(package.below):
             problems.append(
-                f"{name} {found} is not supported, "
-                f"{package.module} must be >= {package.minimum} and < {package.below}"
+                f"{name} {found} is not supported, {package.module} must be >= {package.minimum} and < {package.below}"
             )
     mmdet, mmcv = installed.get("mmdet", ("", "")), installed.get("mmcv", ("", ""))
     if mmdet[0] == "mmdet" and release(mmdet[1])[:2] == (3, 3) and release(mmcv[1]) >= (2, 2):
-        problems.append(
-            f"mmdet {mmdet[1]} accepts mmcv below 2.2.0 only, and {mmcv[0]} {mmcv[1]} is installed"
-        )
+        problems.append(f"mmdet {mmdet[1]} accepts mmcv below 2.2.0 only, and {mmcv[0]} {mmcv[1]} is installed")
     return problems
 
 
@@ -90,10 +96,25 @@ def host_warnings() -> list[str]:
     if release(torch) < release(EXPORTING_TORCH):
         return [
             *_engine_warnings(torch),
-            f"torch {torch} cannot export detectors, to ONNX or .pt2, its exporters fail on them: training and "
+            f"torch {torch} cannot export detectors, to ONNX: training and "
             f"conversion work; {INSTALL_HINT} with torch >= {EXPORTING_TORCH}",
         ]
     return _engine_warnings(torch)
+
+
+def mmdet_tool(name: str) -> str:
+    """The path of one of MMDetection's own tools, such as `train.py`, in the installed package.
+
+    Raises:
+        ImportError: MMDetection is not installed, or without its tools.
+    """
+    spec = find_spec("mmdet")
+    if spec is None or spec.origin is None:
+        raise ImportError(f"MMDetection is not installed: {INSTALL_HINT}")
+    path = Path(spec.origin).parent / ".mim" / "tools" / name
+    if not path.is_file():
+        raise ImportError(f"{path} is missing: MMDetection was installed without its tools; reinstall it from a wheel")
+    return str(path)
 
 
 def _engine_warnings(torch: str) -> list[str]:

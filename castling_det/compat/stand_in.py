@@ -1,7 +1,8 @@
 """The module that takes the place of `mmcv._ext` where mmcv has no compiled operators.
 
-Each function has the name and the arguments that `mmcv/ops/*.py` call it with. Every other name exists
-too, because mmcv checks that its names are there when it is imported, but raises an error when called.
+Each function has the name and the arguments that `mmcv/ops/*.py` call it with. Every other name exists too, because
+MMCV checks its names when it is imported, but raises an error when called. Among MMDetection's own detectors that
+leaves out DyHead, whose offsets have another size than the output, and PISA, which needs `nms_match`.
 """
 
 from __future__ import annotations
@@ -13,23 +14,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NoReturn
 
-from castling_det.compat.boxes import nms, softnms
-from castling_det.compat.deformable import (
-    deform_conv_backward_input,
-    deform_conv_backward_parameters,
-    deform_conv_forward,
-    modulated_deform_conv_backward,
-    modulated_deform_conv_forward,
-    ms_deform_attn_backward,
-    ms_deform_attn_forward,
-)
-from castling_det.compat.focal import sigmoid_focal_loss_backward, sigmoid_focal_loss_forward
-from castling_det.compat.regions import (
-    roi_align_backward,
-    roi_align_forward,
-    roi_pool_backward,
-    roi_pool_forward,
-)
+from castling_det.compat import boxes, deformable, focal, regions
 
 __all__ = ["COMPILED_HINT", "STAND_INS", "announce", "create_stand_in"]
 
@@ -40,40 +25,18 @@ COMPILED_HINT = (
 )
 
 
-def get_compiler_version() -> str:
-    return "none, castling_det stand-ins"
-
-
-def get_compiling_cuda_version() -> str:
+def _no_compiler() -> str:
     return "none, castling_det stand-ins"
 
 
 STAND_INS: dict[str, Callable[..., Any]] = {
-    function.__name__: function
-    for function in (
-        nms,
-        softnms,
-        roi_align_forward,
-        roi_align_backward,
-        roi_pool_forward,
-        roi_pool_backward,
-        sigmoid_focal_loss_forward,
-        sigmoid_focal_loss_backward,
-        deform_conv_forward,
-        deform_conv_backward_input,
-        deform_conv_backward_parameters,
-        modulated_deform_conv_forward,
-        modulated_deform_conv_backward,
-        ms_deform_attn_forward,
-        ms_deform_attn_backward,
-        get_compiler_version,
-        get_compiling_cuda_version,
-    )
-}
+    name: getattr(module, name) for module in (boxes, regions, focal, deformable) for name in module.__all__
+} | dict.fromkeys(("get_compiler_version", "get_compiling_cuda_version"), _no_compiler)
+"""The operators that exist without a compiler, by MMCV's name. All others raise an error when they are called."""
 
 
 def create_stand_in(name: str = "mmcv._ext") -> ModuleType:
-    """The stand-in module; it is not put into `sys.modules`."""
+    """The stand-in module, not yet in `sys.modules`."""
     module = ModuleType(name, __doc__)
     vars(module).update(STAND_INS, __getattr__=_refusing)
     return module
@@ -95,8 +58,7 @@ def _refusing(name: str) -> Callable[..., NoReturn]:
 
     def refuse(*args: object, **kwargs: object) -> NoReturn:
         raise NotImplementedError(
-            f"The mmcv operator '{name}' needs compiled operators, "
-            f"castling_det has no stand-in for it. {COMPILED_HINT}"
+            f"The mmcv operator '{name}' needs compiled operators, castling_det has no stand-in for it. {COMPILED_HINT}"
         )
 
     refuse.__name__ = name

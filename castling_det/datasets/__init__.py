@@ -1,4 +1,4 @@
-"""Data: preparation of the embedded tree crowns, checks of COCO annotations, a data set class that runs them.
+"""Data: checks of COCO annotations, images and configs, and a data set class that runs them.
 
-Importing this package, `tree_crowns` or `checks` loads neither torch nor MMDetection; `coco` does.
+Importing this package or its checks loads neither torch nor MMDetection; `coco` does.
 """

@@ -1,78 +1,142 @@
-"""Checks of COCO annotations and of the config fields that must agree with them, before training starts.
+"""Checks of COCO annotations, of their images, and of the classes that must agree with them, before training starts.
 
-MMDetection itself meets most of these late and far from their cause: wrong class names, for one, end as "need
-at least one array to concatenate". Nothing here needs MMDetection. The `check_*` functions on data return
-what they found and leave raising to `raise_for_problems`.
+MMDetection itself meets most of these late and far from their cause: wrong class names, for one, end as "need at least
+one array to concatenate". Nothing here needs MMDetection. What passes without an error can be loaded and evaluated.
 """
 
 from __future__ import annotations
 
-import json
 import os
+import reprlib
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Literal, Protocol, TypeAlias, TypeVar
 
-from .box_checks import check_boxes
-from .image_checks import check_images, has_id, image_sizes
-from .problems import Problem, examples, raise_for_problems
+import msgspec
+from msgspec import Meta
+from PIL import Image
 
 __all__ = [
-    "OTHER_COUNTS",
     "Problem",
     "check_annotation_file",
     "check_annotations",
     "check_classes",
     "check_num_classes",
     "raise_for_problems",
-    "read_annotations",
 ]
 
+Severity = Literal["error", "warning"]
+CheckLevel = Literal["names", "headers", "pixels"]
 CLASSES_FIELD = "dataset.metainfo['classes']"
 # Modules whose num_classes counts something else than the detected classes.
 OTHER_COUNTS = ("backbone", "rpn_head", "semantic_head", "data_preprocessor")
+MAX_PIXELS = 178_956_970
+"""Of one image: beyond that Pillow refuses to decode, and a data loader's worker takes gigabytes."""
+
+# By rule: the share up to which breaking it is only a warning, what is wrong, and the fix.
+_Rules: TypeAlias = Mapping[str, tuple[float, str, str]]
+
+# What a file holds may be nested, or megabytes long.
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 120
 
 
-class _Module(Protocol):
-    def named_modules(self) -> Iterable[tuple[str, Any]]: ...
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with the data or its config.
+
+    An "error" would stop training or silently spoil it; a "warning" is something that the loader leaves out or changes.
+    """
+
+    severity: Severity
+    field: str
+    """The config's field, or the place in the annotation file."""
+    message: str
+    fix: str
+
+    def __str__(self) -> str:
+        return f"{self.severity}: {self.field}: {self.message}\n    fix: {self.fix}"
 
 
-def check_annotation_file(
-    path: str | os.PathLike[str],
-    *,
-    classes: Sequence[str] | None = None,
-    image_root: str | os.PathLike[str] | None = None,
-    need_boxes: bool = True,
-) -> list[Problem]:
-    """Reads a JSON file and checks it with `check_annotations`; an unreadable file is a problem too."""
-    data = read_annotations(path)
-    if isinstance(data, Problem):
-        return [data]
-    return check_annotations(data, classes=classes, image_root=image_root, need_boxes=need_boxes)
+def examples(values: Sequence[object], limit: int = 5) -> str:
+    """The first few values, and how many more there are."""
+    shown = ", ".join(_SHORT.repr(value) for value in values[:limit])
+    return shown if len(values) <= limit else f"{shown} and {len(values) - limit} more"
 
 
-def read_annotations(path: str | os.PathLike[str]) -> Any:
-    """The value of a JSON file, or the Problem that keeps it from being read."""
+def raise_for_problems(problems: Iterable[Problem], *, source: str = "the annotations") -> None:
+    """Raises one ValueError that lists every error in `problems`; warnings alone raise nothing."""
+    errors = [problem for problem in problems if problem.severity == "error"]
+    if errors:
+        count = "1 problem" if len(errors) == 1 else f"{len(errors)} problems"
+        raise ValueError(f"{source}: {count} to solve first.\n" + "\n".join(f"  {error}" for error in errors))
+
+
+def _tally(field: str, noun: str, faulty: Mapping[str, Sequence[object]], rules: _Rules, total: int) -> list[Problem]:
+    """One problem for each rule that something breaks, with their number and the first of them."""
+    problems = []
+    for rule, (tolerated, what, fix) in rules.items():
+        if found := faulty.get(rule):
+            severity: Severity = "warning" if len(found) <= tolerated * total else "error"
+            message = f"{len(found)} of {total} {noun} {what}: {examples(found)}."
+            problems.append(Problem(severity, field, message, f"{fix}."))
+    return problems
+
+
+# The shape of a COCO file. An annotation's id is a number and `iscrowd` is there: COCO's evaluation needs both.
+_Pixels = Annotated[float, Meta(ge=-1e9, le=1e9)]
+_Size = Annotated[float, Meta(gt=0, le=1e9)]
+
+
+class _Image(msgspec.Struct):
+    id: int | str
+    file_name: str
+    width: _Size
+    height: _Size
+
+
+class _Category(msgspec.Struct):
+    id: int | str
+    name: str
+
+
+class _Annotation(msgspec.Struct):
+    id: int
+    image_id: int | str
+    category_id: int | str
+    bbox: tuple[_Pixels, _Pixels, _Pixels, _Pixels]
+    area: _Pixels
+    iscrowd: bool | Annotated[int, Meta(ge=0, le=1)]
+
+
+_Entry = TypeVar("_Entry", _Image, _Category, _Annotation)
+_EXAMPLES = {
+    "images": '{"id": 1, "file_name": "1.png", "width": 640, "height": 480}',
+    "categories": '{"id": 1, "name": "tree"}',
+    "annotations": '{"id": 1, "image_id": 1, "category_id": 1, "bbox": [x, y, width, height], "area": width * height, '
+    '"iscrowd": 0}',
+}
+
+
+def check_annotation_file(path: str | os.PathLike[str], **options: Any) -> list[Problem]:
+    """`check_annotations` of a JSON file, with the same options; a file that cannot be read is one problem."""
     source = Path(path)
-
-    def unreadable(message: str, fix: str) -> Problem:
-        return Problem("error", "dataset.ann_file", f"{source} {message}", fix)
-
     if not source.is_file():
         fix = "correct data_root and ann_file; a relative ann_file is looked up under data_root."
-        return unreadable("is not a file.", fix)
-    if source.stat().st_size == 0:
-        fix = "write it again: a COCO file is a JSON object with images, annotations and categories."
-        return unreadable("is empty (0 bytes).", fix)
+        return [Problem("error", "dataset.ann_file", f"{source} is not a file.", fix)]
     try:
-        return json.loads(source.read_bytes())
+        data = msgspec.json.decode(source.read_bytes())
     except RecursionError:
         fix = "a COCO file is an object of lists of objects; get it from its source again."
-        return unreadable("holds containers inside one another, hundreds deep.", fix)
-    except ValueError as error:
-        fix = "the file is damaged, incomplete or of another format; write or copy it again."
-        return unreadable(f"is not JSON ({error}).", fix)
+        return [Problem("error", "dataset.ann_file", f"{source} holds containers hundreds deep.", fix)]
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        message = f"{source} is not JSON in UTF-8 without a byte order mark ({error})."
+        fix = "the file is damaged, incomplete or in another format; write or copy it again."
+        return [Problem("error", "dataset.ann_file", message, fix)]
+    return check_annotations(data, **options)
 
 
 def check_annotations(
@@ -81,123 +145,256 @@ def check_annotations(
     classes: Sequence[str] | None = None,
     image_root: str | os.PathLike[str] | None = None,
     need_boxes: bool = True,
+    level: CheckLevel = "names",
 ) -> list[Problem]:
-    """Everything that is wrong with a COCO dict, errors first.
+    """Everything that is wrong with the content of a COCO file and with its images, errors first.
 
-    `classes` are those of the config's metainfo; None leaves them unchecked. `image_root` is the folder that
-    `file_name` is relative to; None leaves the files unchecked. With `need_boxes` a dict without any
-    annotation is an error; single images without boxes always pass.
+    Args:
+        data: the value of the JSON file.
+        classes: names of the classes in the config; None leaves them unchecked.
+        image_root: folder of the images; None leaves them unchecked.
+        need_boxes: whether a file without any annotation is an error; single images without boxes always pass.
+        level: `"names"` looks whether the image files are there, `"headers"` at their sizes and formats as well,
+            `"pixels"` decodes them all.
     """
     if not isinstance(data, Mapping):
+        message = f"holds a JSON {type(data).__name__}, expected an object."
         fix = "ann_file must be a COCO object with the keys images, annotations and categories."
-        return [Problem("error", "dataset.ann_file", f"holds a JSON {type(data).__name__}, no object.", fix)]
-    problems = []
-    lists: dict[str, list[Any]] = {}
-    for key in ("images", "annotations", "categories"):
-        value = data.get(key)
-        lists[key] = value if isinstance(value, list) else []
-        if value is not None and not isinstance(value, list):
-            message = f"is a {type(value).__name__}, expected a list."
-        elif value or (key == "annotations" and not need_boxes):
-            continue
-        else:
-            message = "is missing." if value is None else "is empty: there is nothing to learn from."
-        fix = "check the export, and that ann_file names the split that was meant."
-        problems.append(Problem("error", key, message, fix))
-    if lists["images"]:
-        problems += check_images(lists["images"], image_root)
-    names, category_problems = _category_names(lists["categories"])
-    problems += category_problems
+        return [Problem("error", "dataset.ann_file", message, fix)]
+    problems: list[Problem] = []
+    images = _entries(data, "images", _Image, problems)
+    categories = _entries(data, "categories", _Category, problems)
+    annotations = _entries(data, "annotations", _Annotation, problems, may_be_empty=not need_boxes)
+    names = [category.name for category in categories]
+    problems += _repetitions("categories[].name", names)
     if classes is not None and names:
         problems += check_classes(names, classes)
-    if lists["annotations"] and lists["images"] and lists["categories"]:
-        ids = {entry["id"] for entry in lists["categories"] if has_id(entry)}
-        problems += check_boxes(lists["annotations"], image_sizes(lists["images"]), ids)
+    problems += _check_files(images, None if image_root is None else Path(image_root), level)
+    if images and categories:
+        sizes = dict.fromkeys(_ids(data["images"])) | {image.id: (image.width, image.height) for image in images}
+        problems += _check_boxes(annotations, sizes, set(_ids(data["categories"])))
     return sorted(problems, key=lambda problem: problem.severity != "error")
 
 
-def _category_names(categories: Sequence[Any]) -> tuple[list[str], list[Problem]]:
-    """Category names in file order, and what is wrong with them."""
-    problems = []
-    valid = [entry for entry in categories if has_id(entry) and isinstance(entry.get("name"), str)]
-    if len(valid) < len(categories):
-        message = f"{len(categories) - len(valid)} of {len(categories)} entries lack an id or a name."
-        problems.append(Problem("error", "categories[]", message, 'write {"id": 1, "name": "..."}.'))
-    for key in ("id", "name"):
-        repeated = [value for value, count in Counter(entry[key] for entry in valid).items() if count > 1]
-        if repeated:
-            fix = f"give every category its own {key}."
-            problem = Problem("error", f"categories[].{key}", f"not unique: {examples(repeated)}.", fix)
-            problems.append(problem)
-    return [entry["name"] for entry in valid], problems
+def _ids(entries: Iterable[Any]) -> list[int | str]:
+    found = [entry.get("id") for entry in entries if isinstance(entry, Mapping)]
+    return [identifier for identifier in found if isinstance(identifier, int | str)]
+
+
+def _entries(
+    data: Mapping[str, Any], key: str, kind: type[_Entry], problems: list[Problem], *, may_be_empty: bool = False
+) -> list[_Entry]:
+    """The entries of one list that have the right shape; what is wrong with the list is added to `problems`."""
+    entries = data.get(key)
+    if not isinstance(entries, list) or (not entries and not may_be_empty):
+        if entries is not None or not may_be_empty:
+            found = "missing" if entries is None else "empty" if entries == [] else f"a {type(entries).__name__}"
+            fix = "check the export, and that ann_file names the split that was meant."
+            problems.append(Problem("error", key, f"is {found}, expected a list of objects.", fix))
+        return []
+    valid: list[_Entry] = []
+    faults: dict[tuple[str, str], list[int]] = {}
+    for number, entry in enumerate(entries):
+        try:
+            valid.append(msgspec.convert(entry, kind))
+        except msgspec.ValidationError as error:
+            text, _, path = str(error).partition(" - at `$")
+            faults.setdefault((path.strip("`").partition("[")[0], text), []).append(number)
+    for (path, text), numbers in faults.items():
+        message = f"{len(numbers)} of {len(entries)} entries: {text}; see {key}[{numbers[0]}]."
+        problems.append(Problem("error", f"{key}[]{path}", message, f"write {_EXAMPLES[key]}."))
+    problems += _repetitions(f"{key}[].id", [entry.id for entry in valid])
+    return valid
+
+
+def _repetitions(field: str, values: Iterable[int | str]) -> list[Problem]:
+    repeated = [value for value, count in Counter(values).items() if count > 1]
+    return [Problem("error", field, f"not unique: {examples(repeated)}.", "give each its own.")] if repeated else []
+
+
+# Large public data sets hold a few unusable boxes, which the loader leaves out; a larger share is a mistake.
+_BOX_RULES: _Rules = {
+    "image": (0, "name an `image_id` that no image has", "remove them, or add the images they belong to"),
+    "category": (0, "name a `category_id` that no category has", "add the category, or correct the ids"),
+    "negative": (
+        0,
+        "have a negative width or height",
+        "write bbox as [x, y, width, height] from the upper left corner",
+    ),
+    "empty": (0.01, "are below one pixel or have an `area` of 0, and are left out", "remove or correct them"),
+    "outside": (0.01, "lie wholly outside their image, and are left out", "check the image's width and height"),
+    "overhang": (
+        0.5,
+        "reach over the image's edge by more than a pixel",
+        "clip them to the image; if most do, they look like [x0, y0, x1, y1]: convert them to [x, y, width, height]",
+    ),
+    "zero": (1, "have the id 0, which COCO's evaluation counts as missed", "number the annotations from 1"),
+}
+
+
+def _check_boxes(
+    annotations: Sequence[_Annotation], sizes: Mapping[Any, tuple[float, float] | None], categories: set[Any]
+) -> list[Problem]:
+    faulty: dict[str, list[int]] = {"zero": [annotation.id for annotation in annotations if annotation.id == 0]}
+    for annotation in annotations:
+        if fault := _box_fault(annotation, sizes, categories):
+            faulty.setdefault(fault, []).append(annotation.id)
+    return _tally("annotations[].bbox", "boxes (by id)", faulty, _BOX_RULES, len(annotations))
+
+
+def _box_fault(
+    annotation: _Annotation, sizes: Mapping[Any, tuple[float, float] | None], categories: set[Any]
+) -> str | None:
+    """The key in `_BOX_RULES` of the first rule that the box breaks."""
+    if annotation.image_id not in sizes:
+        return "image"
+    if annotation.category_id not in categories:
+        return "category"
+    x, y, width, height = annotation.bbox
+    if width < 0 or height < 0:
+        return "negative"
+    if width < 1 or height < 1 or annotation.area <= 0:
+        return "empty"
+    right, bottom = sizes[annotation.image_id] or (float("inf"), float("inf"))
+    if x >= right or y >= bottom or x + width <= 0 or y + height <= 0:
+        return "outside"
+    return "overhang" if x < -1 or y < -1 or x + width > right + 1 or y + height > bottom + 1 else None
+
+
+# MMDetection's loader turns photographs by their EXIF orientation and keeps the upper 8 of 16 bits without a word.
+_FILE_RULES: _Rules = {
+    "leaves": (0, "lead out of the image folder", "write names relative to data_root + data_prefix['img']"),
+    "unreadable": (0, "are damaged, truncated or no images", "get the files again, or remove their entries"),
+    "huge": (0, f"have more than {MAX_PIXELS} pixels", "cut them into tiles"),
+    "words": (0, "have 32 bits a channel, which the loader cannot read", "write them with 8 bits"),
+    "turned": (
+        0,
+        "are turned by their EXIF orientation when they are loaded, so that their boxes lie elsewhere",
+        "save them upright, without the tag, or load them with dict(type='LoadImageFromFile', imdecode_backend='cv2', "
+        "color_type='color_ignore_orientation')",
+    ),
+    "size": (0, "have another size than the annotations say", "write the files' own width and height"),
+    "mirrored": (1, "have an EXIF orientation, which the loader applies", "see that the boxes were drawn on it"),
+    "deep": (1, "have 16 bits a channel, of which the loader keeps the upper 8", "stretch them to 8 bits"),
+    "cmyk": (1, "are CMYK, and are loaded without the file's colour profile", "convert them to RGB"),
+}
+
+
+def _check_files(images: Sequence[_Image], root: Path | None, level: CheckLevel) -> list[Problem]:
+    # One listing for each folder: much quicker than a look-up for each file, above all over a network.
+    listed: dict[str, set[str]] = {}
+    faulty: dict[str, list[str]] = {}
+    for image in images:
+        folder, _, file = image.file_name.rpartition("/")
+        if os.path.isabs(image.file_name) or os.path.normpath(image.file_name).split(os.sep)[0] == "..":
+            fault: str | None = "leaves"
+        elif root is None:
+            continue
+        else:
+            if folder not in listed:
+                listed[folder] = _files_in(root, folder)
+            fault = None if file in listed[folder] else "missing"
+            if fault is None and level != "names":
+                fault = _file_fault(root / image.file_name, image, decode=level == "pixels")
+        if fault is not None:
+            faulty.setdefault(fault, []).append(image.file_name)
+    what = f"are not under {root}, or are folders, pipes or broken links"
+    fix = "correct data_root and data_prefix=dict(img=...), or put the files there"
+    missing = _tally("dataset.data_prefix['img']", "image files", faulty, {"missing": (0, what, fix)}, len(images))
+    return missing + _tally("images[].file_name", "image files", faulty, _FILE_RULES, len(images))
+
+
+def _files_in(root: Path, folder: str) -> set[str]:
+    """Names of the files and of links to files: reading a pipe or a device would never end."""
+
+    def is_file(entry: os.DirEntry[str]) -> bool:
+        try:
+            return entry.is_file()
+        except OSError:  # a loop of links
+            return False
+
+    try:
+        with os.scandir(root / folder) as entries:
+            return {entry.name for entry in entries if is_file(entry)}
+    except (OSError, ValueError):  # the latter for a NUL in the name
+        return set()
+
+
+def _file_fault(path: Path, annotated: _Image, decode: bool) -> str | None:
+    """The key in `_FILE_RULES` of the first rule that the file breaks."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of large images and damaged metadata; the rules say more
+            with Image.open(path) as image:
+                fault = _header_fault(image, (annotated.width, annotated.height))
+                if decode and fault != "huge":
+                    image.load()
+    except Image.DecompressionBombError:
+        return "huge"
+    except Exception:  # decoders fail in many ways
+        return "unreadable"
+    return fault
+
+
+def _header_fault(image: Image.Image, annotated: tuple[float, float]) -> str | None:
+    if image.width * image.height > MAX_PIXELS:
+        return "huge"
+    if image.mode in ("I", "F"):
+        return "words"
+    # OpenCV, which loads the images, applies the orientation in these formats alone.
+    orientation = image.getexif().get(0x0112, 1) if image.format in ("JPEG", "MPO", "TIFF") else 1
+    shown = (image.height, image.width) if orientation in (5, 6, 7, 8) else image.size
+    if annotated != shown:
+        return "turned" if annotated == image.size else "size"
+    if orientation != 1:
+        return "mirrored"
+    return "deep" if image.mode.startswith("I;16") else "cmyk" if image.mode == "CMYK" else None
 
 
 def check_classes(names: Sequence[str], classes: object) -> list[Problem]:
     """Category names of an annotation file, in its order, against `metainfo['classes']`.
 
-    MMDetection numbers labels in the order of the file, so another order in `classes` shows wrong names.
-    Categories that `classes` leaves out are a warning only: one may train on some of a file's categories.
+    MMDetection numbers labels in the order of the file, so another order in `classes` shows wrong names. Categories
+    that `classes` leaves out are a warning only: one may train on some of a file's categories.
     """
     fix = (
         f"write `metainfo = dict(classes={tuple(names)!r})`, give it to the dataset of train_dataloader, "
         f"val_dataloader and test_dataloader, and write num_classes={len(names)} in the model's head."
     )
 
-    def error(message: str) -> list[Problem]:
-        return [Problem("error", CLASSES_FIELD, message, fix)]
-
-    if isinstance(classes, str):
-        return error(f"is the text {classes!r}, expected a tuple of names; a tuple of one needs a comma.")
-    if not isinstance(classes, Sequence) or not all(isinstance(name, str) for name in classes):
-        return error(f"is {classes!r}, expected a tuple of names.")
-    repeated = [name for name, count in Counter(classes).items() if count > 1]
-    if repeated:
-        return error(f"names a class twice: {examples(repeated)}.")
-    absent = [name for name in classes if name not in names]
-    unused = [name for name in names if name not in classes]
-    if absent:
-        return error(
-            f"{len(absent)} of its {len(classes)} names are no category of the annotation file: "
-            f"{examples(absent)}. {_categories_of_file(absent, unused, names)}"
+    message = None
+    if isinstance(classes, str) or not isinstance(classes, Sequence):
+        message = f"is {classes!r}, expected a tuple of names; a tuple of one needs a comma."
+    elif len(set(classes)) < len(classes):
+        message = f"names a class twice: {examples([name for name in classes if classes.count(name) > 1])}."
+    elif absent := [name for name in classes if name not in names]:
+        message = (
+            f"{len(absent)} of its {len(classes)} names are no category of the annotation file: {examples(absent)}. "
+            f"The file has {examples(names, 10)}; case and spaces count."
         )
-    if unused:
+    elif unused := [name for name in names if name not in classes]:
         message = f"leaves out the file's categories {examples(unused)}; their boxes are not trained on."
         return [Problem("warning", CLASSES_FIELD, message, f"if they should be: {fix}")]
-    if list(classes) != list(names):
-        message = (
-            f"has the file's names in another order ({examples(classes)}); labels follow the file's order."
-        )
-        return error(message)
-    return []
+    elif list(classes) != list(names):
+        message = f"has the file's names in another order ({examples(classes)}); labels follow the file's order."
+    return [] if message is None else [Problem("error", CLASSES_FIELD, message, fix)]
 
 
-def _categories_of_file(absent: Sequence[str], unused: Sequence[str], names: Sequence[str]) -> str:
-    text = f"The file has {examples(names, 10)}"
-    if unused:
-        text += f", of which metainfo lacks {examples(unused)}"
-    folded = {name.strip().casefold(): name for name in unused}
-    for name in absent:
-        if name.strip().casefold() in folded:
-            text += f"; {name!r} and {folded[name.strip().casefold()]!r} differ in case or space only"
-    return f"{text}."
+class _Module(Protocol):
+    def named_modules(self) -> Iterable[tuple[str, Any]]: ...
 
 
 def check_num_classes(model: _Module, metainfo: Mapping[str, Any]) -> None:
     """Raises ValueError if a head of `model` does not count as many classes as `metainfo['classes']` names.
 
-    Every module with an integer `num_classes` is compared, except those that count something else (a
-    backbone's classifier, a region proposal network, a semantic branch). MMDetection's NumClassCheckHook does
-    nearly this, but its default runtime does not turn it on, it names no config field, and it takes a
-    backbone's classifier for a head.
+    Unlike MMDetection's NumClassCheckHook it names the config's field, and leaves alone what counts something else (a
+    backbone's classifier, a region proposal network, a semantic branch).
     """
     classes = metainfo.get("classes")
     if classes is None:
         return
     if isinstance(classes, str):
-        line = f"metainfo = dict(classes=({classes!r},))"
-        raise ValueError(
-            f"{CLASSES_FIELD} is the text {classes!r}, expected a tuple of names: write `{line}`."
-        )
+        raise ValueError(f"{CLASSES_FIELD} is the text {classes!r}, expected a tuple: write `classes=({classes!r},)`.")
     wrong = []
     for name, module in model.named_modules():
         parts = [part for part in name.split(".") if part not in ("", "module")]
@@ -208,9 +405,8 @@ def check_num_classes(model: _Module, metainfo: Mapping[str, Any]) -> None:
             field = "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in parts)
             wrong.append(f"  model{field}.num_classes={count} ({type(module).__name__})")
     if wrong:
-        listed = "\n".join(wrong)
         raise ValueError(
-            f"The model and the data disagree: {CLASSES_FIELD} names {len(classes)} "
-            f"({examples(list(classes))}), but\n{listed}\n"
-            f"  fix: write num_classes={len(classes)} there, or correct the classes in metainfo."
+            f"The model and the data disagree: {CLASSES_FIELD} names {len(classes)} ({examples(list(classes))}), but\n"
+            + "\n".join(wrong)
+            + f"\n  fix: write num_classes={len(classes)} there, or correct the classes in metainfo."
         )

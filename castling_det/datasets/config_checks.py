@@ -1,4 +1,4 @@
-"""Checks of a whole config against its data: every loader, the head's classes and the evaluators, all at once."""
+"""The check to run before a training: a config against its data, every loader, head and evaluator at once."""
 
 from __future__ import annotations
 
@@ -6,17 +6,59 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, get_args
 
-from .check_file import CheckLevel, check_coco_file
-from .checks import OTHER_COUNTS
-from .problems import Problem, examples
+from .checks import OTHER_COUNTS, CheckLevel, Problem, check_annotation_file, examples
 
-__all__ = ["CHECKED_TYPE", "check_config"]
+if TYPE_CHECKING:
+    from mmengine.config import Config
+
+__all__ = ["check_config", "check_dataset"]
 
 CHECKED_TYPE = "castling_det.CheckedCocoDataset"
-_STAGES = ("train", "val", "test")
-_WRAPPERS = ("dataset", "datasets")
+
+
+def check_dataset(
+    source: str | os.PathLike[str] | Config,
+    *,
+    classes: Sequence[str] | None = None,
+    image_root: str | os.PathLike[str] | None = None,
+    level: CheckLevel = "headers",
+) -> list[Problem]:
+    """What would stop a training or silently spoil it, all at once; an empty list if nothing is wrong.
+
+    A config is checked as a whole: the annotation file, classes and images of every loader, `num_classes` of every
+    head, the evaluators' files, and whether they agree. Nothing is built and nothing is trained.
+
+    Args:
+        source: a config (`.py` file or mmengine `Config`), or a COCO annotation file (`.json`).
+        classes: names that a COCO file is expected to have; a config has its own.
+        image_root: folder of a COCO file's images; a config has its own.
+        level: of the images, `"names"` looks whether they are there, `"headers"` at their sizes and formats as well,
+            `"pixels"` decodes them all.
+
+    Returns:
+        Problems, errors first; each has `severity`, `field`, `message` and `fix`.
+
+    Raises:
+        ValueError: an unknown `level`, a config that cannot be read, or arguments that a config does not take.
+    """
+    if level not in get_args(CheckLevel):
+        raise ValueError(f"level={level!r}: expected one of {', '.join(map(repr, get_args(CheckLevel)))}")
+    if isinstance(source, str | os.PathLike) and Path(source).suffix == ".json":
+        return check_annotation_file(source, classes=classes, image_root=image_root, level=level)
+    if classes is not None or image_root is not None:
+        raise ValueError("classes and image_root are for a COCO .json file; a config names its own")
+    if isinstance(source, str | os.PathLike):
+        from mmengine.config import Config
+
+        if not Path(source).is_file():
+            raise ValueError(f"{os.fspath(source)}: no such file; expected a config (.py) or a COCO file (.json)")
+        try:
+            source = Config.fromfile(source)
+        except Exception as error:  # a config is a program: it fails in any way
+            raise ValueError(f"config {source}: cannot be read: {error}") from error
+    return check_config(source, level=level)
 
 
 @dataclass(frozen=True)
@@ -25,18 +67,13 @@ class _Source:
 
     field: str
     """Such as `train_dataloader.dataset`."""
-    type: str
     ann_file: str
-    image_root: str
     classes: tuple[str, ...] | None
-    test_mode: bool
-    local: bool
-    checks_files: bool
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """Equal for sources that would have the same problems."""
-        return self.ann_file, self.image_root, self.classes, self.test_mode, self.checks_files
+    image_root: str | None
+    """None where the images are not to be looked at."""
+    need_boxes: bool
+    skip: bool
+    """Its files are remote or checked elsewhere."""
 
 
 def check_config(
@@ -46,143 +83,114 @@ def check_config(
 
     Args:
         config: an mmengine `Config`, or its dict.
-        level: as in `castling_det.check_dataset`.
+        level: as in `check_dataset`.
         trust_checked: do not read what `CheckedCocoDataset` reads and checks itself.
     """
     problems: list[Problem] = []
-    sources = list(_sources(config, problems))
-    seen: dict[tuple[Any, ...], str] = {}
+    loaders = [(stage, loader) for stage in ("train", "val", "test") for loader in _list(config, f"{stage}_dataloader")]
+    sources = [
+        source
+        for stage, loader in loaders
+        for source in _sources(loader.get("dataset"), f"{stage}_dataloader.dataset", trust_checked, problems)
+    ]
+    seen = set()
     for source in sources:
-        if source.key in seen:
-            continue
-        seen[source.key] = source.field
-        problems += _source_problems(source, level, trust_checked and source.type == CHECKED_TYPE)
-    problems += _disagreements(sources)
-    problems += _class_counts(config, sources)
+        if (key := replace(source, field="")) not in seen and not source.skip:
+            problems += _source_problems(source, level)
+        seen.add(key)
+    problems += _disagreements(config, sources)
     problems += _evaluators(config, sources)
     return sorted(dict.fromkeys(problems), key=lambda problem: problem.severity != "error")
 
 
-def _sources(config: Mapping[str, Any], problems: list[Problem]) -> Iterator[_Source]:
-    for stage in _STAGES:
-        loader = config.get(f"{stage}_dataloader")
-        for entry in loader if isinstance(loader, Sequence) else [loader]:
-            if isinstance(entry, Mapping) and isinstance(entry.get("dataset"), Mapping):
-                yield from _unwrapped(entry["dataset"], f"{stage}_dataloader.dataset", problems)
+def _list(config: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
+    """The settings under `key`, of which there may be several or none."""
+    value = config.get(key)
+    return [entry for entry in (value if isinstance(value, list | tuple) else [value]) if isinstance(entry, Mapping)]
 
 
-def _unwrapped(dataset: Mapping[str, Any], field: str, problems: list[Problem]) -> Iterator[_Source]:
-    """The data sets inside of RepeatDataset, ConcatDataset, MultiImageMixDataset and their like."""
-    inner = [(key, dataset[key]) for key in _WRAPPERS if key in dataset]
-    for key, value in inner:
-        for number, entry in enumerate(value if isinstance(value, Sequence) else [value]):
-            index = f"[{number}]" if isinstance(value, Sequence) else ""
-            if isinstance(entry, Mapping):
-                yield from _unwrapped(entry, f"{field}.{key}{index}", problems)
-    if inner:
+def _sources(dataset: Any, field: str, trust: bool, problems: list[Problem]) -> Iterator[_Source]:
+    """The COCO data sets of a loader, also inside of RepeatDataset, ConcatDataset and their like."""
+    if not isinstance(dataset, Mapping):
         return
-    kind = str(dataset.get("type", ""))
+    if inner := [key for key in ("dataset", "datasets") if key in dataset]:
+        for key in inner:
+            for number, entry in enumerate(_list(dataset, key)):
+                index = f"[{number}]" if isinstance(dataset[key], list | tuple) else ""
+                yield from _sources(entry, f"{field}.{key}{index}", trust, problems)
+        return
+    kind, root = str(dataset.get("type", "")), str(dataset.get("data_root") or "")
     if "Coco" not in kind:
         message = f"{kind!r} is no COCO data set; it was not checked."
         problems.append(Problem("warning", f"{field}.type", message, "check it by hand."))
         return
-    yield _source(dataset, field, kind)
-
-
-def _source(dataset: Mapping[str, Any], field: str, kind: str) -> _Source:
-    root = str(dataset.get("data_root") or "")
-    prefix = (dataset.get("data_prefix") or {}).get("img", "")
-    metainfo = dataset.get("metainfo") or {}
-    classes = metainfo.get("classes") if isinstance(metainfo, Mapping) else None
-    remote = "://" in root or "://" in str(dataset.get("ann_file", ""))
-    return _Source(
-        field=field,
-        type=kind,
-        ann_file=os.path.join(root, str(dataset.get("ann_file") or "")),
-        image_root=os.path.join(root, str(prefix)),
-        classes=_class_names(classes) if classes is not None else _default_classes(kind),
-        test_mode=bool(dataset.get("test_mode", False)),
-        local=dataset.get("backend_args") is None and not remote,
-        checks_files=bool(dataset.get("check_files", True)),
+    ann_file = os.path.join(root, str(dataset.get("ann_file") or ""))
+    remote = dataset.get("backend_args") is not None or "://" in ann_file
+    if remote:
+        message = "the files are not on a local disk; they were not checked."
+        problems.append(Problem("warning", f"{field}.backend_args", message, "check a local copy."))
+    images = os.path.join(root, str((dataset.get("data_prefix") or {}).get("img", "")))
+    yield _Source(
+        field,
+        ann_file=ann_file,
+        classes=_classes(dataset, kind),
+        image_root=images if dataset.get("check_files", True) else None,
+        need_boxes=not dataset.get("test_mode", False),
+        skip=remote or (trust and kind == CHECKED_TYPE),
     )
 
 
-def _class_names(classes: Any) -> Any:
+def _classes(dataset: Mapping[str, Any], kind: str) -> Any:
+    """The classes that the config names, or those of the data set's class, such as COCO's 80."""
+    from mmengine.registry import DATASETS
+
+    classes = (dataset.get("metainfo") or {}).get("classes")
+    if classes is None:
+        found = DATASETS.get(kind) if "." in kind else DATASETS.get(f"mmdet.{kind}")
+        classes = getattr(found, "METAINFO", {}).get("classes")
     # A text or a number is left for check_classes to name.
     return tuple(classes) if isinstance(classes, list | tuple) else classes
 
 
-def _default_classes(kind: str) -> tuple[str, ...] | None:
-    """What the data set's class itself says, such as COCO's 80."""
-    from mmengine.registry import DATASETS
-
-    found = DATASETS.get(kind) if "." in kind else DATASETS.get(f"mmdet.{kind}")
-    classes = getattr(found, "METAINFO", {}).get("classes")
-    return None if classes is None else tuple(classes)
-
-
-def _source_problems(source: _Source, level: CheckLevel, trusted: bool) -> list[Problem]:
-    if not source.local:
-        message = "the files are not on a local disk; they were not checked."
-        return [Problem("warning", f"{source.field}.backend_args", message, "check a local copy.")]
-    if trusted:
-        return []
-    found = check_coco_file(
+def _source_problems(source: _Source, level: CheckLevel) -> Iterator[Problem]:
+    for problem in check_annotation_file(
         source.ann_file,
         classes=source.classes,
-        image_root=source.image_root if source.checks_files else None,
-        need_boxes=not source.test_mode,
+        image_root=source.image_root,
+        need_boxes=source.need_boxes,
         level=level,
-    )
-    return [replace(problem, field=_placed(problem.field, source)) for problem in found]
+    ):
+        inside = problem.field.removeprefix("dataset.")
+        place = inside if inside != problem.field else f"ann_file: {inside}"
+        yield replace(problem, field=f"{source.field}.{place}")
 
 
-def _placed(field: str, source: _Source) -> str:
-    inside = field.removeprefix("dataset.")
-    return f"{source.field}.{inside}" if inside != field else f"{source.field}.ann_file: {field}"
-
-
-def _disagreements(sources: Sequence[_Source]) -> list[Problem]:
-    """Loaders whose classes differ: labels are numbers, so the score would be of other classes."""
+def _disagreements(config: Mapping[str, Any], sources: Sequence[_Source]) -> Iterator[Problem]:
+    """Loaders or heads of other classes than the first loader's: labels are numbers, so scores would be of others."""
     if not sources:
-        return []
+        return
     first, *others = sources
-    return [
-        Problem(
-            "error",
-            f"{source.field}.metainfo['classes']",
-            f"names {_listed(source.classes)}, but {first.field} {_listed(first.classes)}.",
-            f"give every loader the same metainfo: `metainfo = dict(classes={first.classes!r})`.",
-        )
-        for source in others
-        if source.classes != first.classes
-    ]
+    for source in others:
+        if source.classes != first.classes:
+            message = f"names {_names(source.classes)}, but {first.field} {_names(first.classes)}."
+            fix = f"give every loader the same metainfo: `metainfo = dict(classes={first.classes!r})`."
+            yield Problem("error", f"{source.field}.metainfo['classes']", message, fix)
+    expected = len(first.classes) if isinstance(first.classes, tuple) else None
+    for field, count in _counts(config.get("model"), "model"):
+        if expected not in (None, count):
+            message = f"is {count}, but {first.field}.metainfo['classes'] names {expected} ({_names(first.classes)})."
+            fix = f"write num_classes={expected} there, or correct the classes in metainfo."
+            yield Problem("error", field, message, fix)
 
 
-def _listed(classes: Any) -> str:
-    return "none" if classes is None else examples(classes) if isinstance(classes, tuple) else repr(classes)
-
-
-def _class_counts(config: Mapping[str, Any], sources: Sequence[_Source]) -> list[Problem]:
-    classes = next((source.classes for source in sources), None)
-    if not isinstance(classes, tuple):
-        return []
-    return [
-        Problem(
-            "error",
-            field,
-            f"is {count}, but {sources[0].field}.metainfo['classes'] names {len(classes)} ({examples(classes)}).",
-            f"write num_classes={len(classes)} there, or correct the classes in metainfo.",
-        )
-        for field, count in _counts(config.get("model"), "model")
-        if count != len(classes)
-    ]
+def _names(classes: Any) -> str:
+    return examples(classes) if isinstance(classes, tuple) else repr(classes)
 
 
 def _counts(part: Any, field: str) -> Iterator[tuple[str, int]]:
+    """Every `num_classes` of a model's config that counts detected classes, with its place."""
     if isinstance(part, Mapping):
-        count = part.get("num_classes")
-        if type(count) is int:
+        if type(count := part.get("num_classes")) is int:
             yield f"{field}.num_classes", count
         for key, value in part.items():
             if key not in OTHER_COUNTS:
@@ -192,25 +200,14 @@ def _counts(part: Any, field: str) -> Iterator[tuple[str, int]]:
             yield from _counts(value, f"{field}[{number}]")
 
 
-def _evaluators(config: Mapping[str, Any], sources: Sequence[_Source]) -> list[Problem]:
-    problems = []
-    for stage in _STAGES[1:]:
-        read = [source.ann_file for source in sources if source.field.startswith(f"{stage}_") and source.local]
-        metrics = config.get(f"{stage}_evaluator")
-        for metric in metrics if isinstance(metrics, Sequence) else [metrics]:
-            file = metric.get("ann_file") if isinstance(metric, Mapping) else None
-            if isinstance(file, str) and "://" not in file and len(read) == 1 and not _same(file, read[0]):
+def _evaluators(config: Mapping[str, Any], sources: Sequence[_Source]) -> Iterator[Problem]:
+    for stage in ("val", "test"):
+        read = [source.ann_file for source in sources if source.field.startswith(f"{stage}_")]
+        for file in [metric.get("ann_file") for metric in _list(config, f"{stage}_evaluator")]:
+            if not isinstance(file, str) or "://" in file or len(read) != 1 or "://" in read[0]:
+                continue
+            if os.path.realpath(file) != os.path.realpath(read[0]):
                 what = "is another file than" if Path(file).is_file() else "is not a file;"
-                problems.append(
-                    Problem(
-                        "error",
-                        f"{stage}_evaluator.ann_file",
-                        f"{file} {what} {stage}_dataloader reads {read[0]}.",
-                        f"write {stage}_evaluator = dict(ann_file={read[0]!r}).",
-                    )
-                )
-    return problems
-
-
-def _same(left: str, right: str) -> bool:
-    return os.path.realpath(left) == os.path.realpath(right)
+                message = f"{file} {what} {stage}_dataloader reads {read[0]}."
+                fix = f"write {stage}_evaluator = dict(ann_file={read[0]!r})."
+                yield Problem("error", f"{stage}_evaluator.ann_file", message, fix)

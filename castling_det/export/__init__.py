@@ -1,1 +1,1 @@
-"""Detectors as files for other runtimes: ONNX, torch.export, AOTInductor; each is checked against MMDetection."""
+"""Detectors as ONNX files for other runtimes; each file is checked against MMDetection before it is written."""

@@ -1,8 +1,7 @@
-"""A dense head of MMDetection as one graph: its maps, and what `predict` makes of them, for a whole batch."""
+"""A dense head of MMDetection with its `predict` as one graph for a whole batch."""
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,17 +10,14 @@ import torch
 from mmdet.models.dense_heads import GFLHead
 from torch import Tensor, nn
 
-from castling_det.export.selection import Detections, keep_by_nms, select, top
+from castling_det.export.selection import Detections, RawMaps, clip, keep_by_nms, select, top
 
-__all__ = ["Candidates", "DenseDecoder", "PostProcessing", "RawMaps", "float32_threshold"]
-
-RawMaps = dict[str, Tensor]
-"""Outputs of a head by name, such as `cls_score_0`."""
+__all__ = ["DenseDecoder", "PostProcessing"]
 
 
 @dataclass(frozen=True)
 class PostProcessing:
-    """A dense head's `test_cfg`."""
+    """A head's `test_cfg`."""
 
     nms_pre: int
     """Candidates of each level; all where it is not positive."""
@@ -54,81 +50,52 @@ class PostProcessing:
         )
 
 
-@dataclass(frozen=True)
-class Candidates:
-    """Boxes before suppression; a score of 0 is none."""
-
-    boxes: Tensor
-    """(B, N, 4), clipped to the image."""
-    scores: Tensor
-    """(B, N)."""
-    labels: Tensor
-    """(B, N), int64."""
-
-
 class DenseDecoder(nn.Module):
-    """The head's maps to detections, as `predict_by_feat` of GFL, PicoDet, RetinaNet, RTMDet and RPN makes them.
+    """From features to detections, as GFL, PicoDet, RetinaNet, RTMDet and RPN predict them.
 
     Args:
         head: MMDetection's.
         settings: its `test_cfg`.
-        label_is_level: suppress within a level instead of a class and label by level, as RPN does. It also takes the
-            best candidates whatever their score.
-        nms_as_operator: see `keep_by_nms`.
+        label_is_level: for RPN: the label is the level, suppression stays within a level, and the best candidates are
+            taken whatever their score.
     """
 
-    def __init__(
-        self, head: nn.Module, settings: PostProcessing, *, label_is_level: bool = False, nms_as_operator: bool = True
-    ) -> None:
+    def __init__(self, head: nn.Module, settings: PostProcessing, *, label_is_level: bool = False) -> None:
         super().__init__()
         self.head: Any = head
         self.settings = settings
         self.label_is_level = label_is_level
-        self.nms_as_operator = nms_as_operator
         if not self.head.use_sigmoid_cls:
             raise ValueError(
                 f"{type(head).__name__}: expected scores by sigmoid; exporting softmax scores is not written"
             )
 
-    def maps(self, features: Sequence[Tensor]) -> RawMaps:
-        """The head's own outputs in float32, (B, C, H, W) of each level."""
-        scores, boxes = self.head(features)
-        named = {f"cls_score_{level}": score.float() for level, score in enumerate(scores)}
-        return named | {f"bbox_pred_{level}": box.float() for level, box in enumerate(boxes)}
-
-    def forward(self, maps: RawMaps, hw: tuple[int, int]) -> Detections:
-        """Detections of images of height and width `hw` from `maps`."""
-        settings = self.settings
-        found = self._candidates(maps, hw)
+    def forward(self, features: Sequence[Tensor], hw: Tensor) -> tuple[Detections, RawMaps]:
+        """Detections of images of heights and widths `hw` (B, 2), and the head's maps (B, C, H, W) in float32."""
+        logits, preds = ([level.float() for level in levels] for levels in self.head(features))
+        found = self._candidates(logits, preds, hw)
         scores = found.scores
-        groups = self.head.prior_generator.num_levels if self.label_is_level else self.head.num_classes
-        # Of each class its own row; elsewhere it has score 0 and takes no part.
-        if groups > 1:
-            own = found.labels.unsqueeze(1) == torch.arange(groups, device=scores.device)[:, None]
-            rows = torch.where(own, scores.unsqueeze(1), 0.0)
-        else:
-            rows = scores.unsqueeze(1)
-        threshold = float32_threshold(settings.nms_iou)
-        kept = keep_by_nms(found.boxes, rows, threshold, as_operator=self.nms_as_operator).any(dim=1)
-        return select(found.boxes, torch.where(kept, scores, 0.0), found.labels, settings.max_per_img)
+        groups = len(logits) if self.label_is_level else self.head.num_classes
+        # Each class gets a row of its own, in which the other classes' candidates have score 0.
+        own = found.labels.unsqueeze(1) == torch.arange(groups, device=scores.device)[:, None]
+        rows = torch.where(own, scores.unsqueeze(1), 0.0)
+        kept = keep_by_nms(found.boxes, rows, self.settings.nms_iou).any(dim=1)
+        best = Detections(found.boxes, torch.where(kept, scores, 0.0), found.labels)
+        maps = {f"cls_score_{level}": value for level, value in enumerate(logits)}
+        maps |= {f"bbox_pred_{level}": value for level, value in enumerate(preds)}
+        return select(best, self.settings.max_per_img), maps
 
-    def _candidates(self, maps: RawMaps, hw: tuple[int, int]) -> Candidates:
-        generator = self.head.prior_generator
-        levels = range(generator.num_levels)
-        logits = [maps[f"cls_score_{level}"] for level in levels]
+    def _candidates(self, logits: list[Tensor], preds: list[Tensor], hw: Tensor) -> Detections:
+        """The best of every level, before suppression."""
         sizes = [(x.shape[-2], x.shape[-1]) for x in logits]
-        priors = generator.grid_priors(sizes, dtype=torch.float32, device=logits[0].device)
-        parts = [self._level(level, logits[level], maps[f"bbox_pred_{level}"], priors[level]) for level in levels]
+        priors = self.head.prior_generator.grid_priors(sizes, dtype=torch.float32, device=logits[0].device)
+        parts = [self._level(level, *values) for level, values in enumerate(zip(logits, preds, priors, strict=True))]
         boxes, scores, labels = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
-        height, width = hw
-        boxes = torch.stack(
-            [boxes[..., side].clamp(min=0, max=limit) for side, limit in enumerate((width, height, width, height))], -1
-        )
-        minimum = self.settings.min_bbox_size
-        if minimum >= 0:
+        boxes = clip(boxes, hw)
+        if self.settings.min_bbox_size >= 0:
             extent = boxes[..., 2:] - boxes[..., :2]
-            scores = torch.where((extent > minimum).all(dim=-1), scores, 0.0)
-        return Candidates(boxes, scores, labels)
+            scores = torch.where((extent > self.settings.min_bbox_size).all(dim=-1), scores, 0.0)
+        return Detections(boxes, scores, labels)
 
     def _level(self, level: int, logits: Tensor, preds: Tensor, priors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The best of one level: boxes (B, N, 4) before clipping, scores and labels (B, N)."""
@@ -149,21 +116,12 @@ class DenseDecoder(nn.Module):
     def _decoded(self, level: int, priors: Tensor, preds: Tensor) -> Tensor:
         head = self.head
         if isinstance(head, GFLHead):
-            # As `head.integral`, whose buffer the ONNX exporter mistakes for its own copy.
-            bins = head.reg_max + 1
-            places = torch.arange(bins, dtype=preds.dtype, device=preds.device)
-            distances = (preds.reshape(-1, bins).softmax(dim=1) @ places).reshape(-1, 4) * head.prior_generator.strides[
-                level
-            ][0]
-            priors, preds = head.anchor_center(priors), distances
+            # The same as `head.integral`, whose buffer the ONNX exporter confuses with a copy of its own.
+            bins = torch.arange(head.reg_max + 1, dtype=preds.dtype, device=preds.device)
+            distances = (preds.reshape(-1, len(bins)).softmax(dim=1) @ bins).reshape(-1, 4)
+            priors, preds = head.anchor_center(priors), distances * head.prior_generator.strides[level][0]
         boxes: Tensor = head.bbox_coder.decode(priors, preds)
         return boxes
-
-
-def float32_threshold(value: float) -> float:
-    """As mmcv and ONNX compare: with a float32 threshold."""
-    threshold: float = ctypes.c_float(value).value
-    return threshold
 
 
 def _rows(x: Tensor, channels: int) -> Tensor:

@@ -1,15 +1,25 @@
-"""What happens to an image before the network: the config's test pipeline and data preprocessor, as plain numbers."""
+"""What happens to an image before the network, as plain numbers, and images to try an exported network with."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import msgspec
+import torch
 from mmdet.utils import get_test_pipeline_cfg
 from mmengine.config import Config
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["ImagePipeline", "Normalization", "image_pipeline", "normalization"]
+from castling_det.runtime.preprocess import Step
+
+if TYPE_CHECKING:
+    from castling_det.export.network import DeployedDetector
+
+__all__ = ["Normalization", "Shape", "example_images", "example_shape", "image_pipeline", "normalization"]
+
+Shape = tuple[int, int, int]
+"""Batch, height and width."""
 
 # These load, annotate or collect; none of them changes a pixel.
 _SILENT = {"LoadImageFromFile", "LoadAnnotations", "PackDetInputs"}
@@ -20,29 +30,20 @@ _LOADER_DEFAULTS = {"to_float32": False, "color_type": "color", "imdecode_backen
 class Normalization:
     """`(x - mean) / std` after an exchange of the first and the last channel, and padding by zeros after that."""
 
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
     bgr_to_rgb: bool
     pad_size_divisor: int
 
     @property
-    def pad_values(self) -> tuple[float, ...]:
+    def pad_values(self) -> tuple[float, float, float]:
         """What becomes zero, in the channel order of the input."""
-        return self.mean[::-1] if self.bgr_to_rgb else self.mean
-
-
-@dataclass(frozen=True)
-class ImagePipeline:
-    """The transforms between a decoded image and the network's input."""
-
-    transforms: tuple[dict[str, Any], ...]
-    input_size: tuple[int, int] | None
-    """Height and width of the resize, in pixels; None where there is none."""
-    keep_ratio: bool
+        first, second, third = self.mean
+        return (third, second, first) if self.bgr_to_rgb else self.mean
 
 
 def normalization(model: nn.Module) -> Normalization:
-    """That of a detector's data preprocessor.
+    """Reads a detector's data preprocessor.
 
     Raises:
         ValueError: a preprocessor that does something else.
@@ -52,21 +53,18 @@ def normalization(model: nn.Module) -> Normalization:
         raise ValueError(
             f"data_preprocessor.pad_value={preprocessor.pad_value}: expected 0; an exported file has no other padding"
         )
-    channels = 3
-    # The digits that float32 has: the numbers of the config again.
-    mean, std = [0.0] * channels, [1.0] * channels
+    mean, std = [0.0] * 3, [1.0] * 3
     if getattr(preprocessor, "_enable_normalize", False):
         mean, std = preprocessor.mean.flatten().tolist(), preprocessor.std.flatten().tolist()
-    return Normalization(
-        tuple(float(f"{value:.7g}") for value in mean),
-        tuple(float(f"{value:.7g}") for value in std),
-        bool(getattr(preprocessor, "_channel_conversion", False)),
-        int(getattr(preprocessor, "pad_size_divisor", 1)),
-    )
+    # The digits that float32 has: the numbers of the config again.
+    read = {name: [float(f"{value:.7g}") for value in values] for name, values in (("mean", mean), ("std", std))}
+    swap = bool(getattr(preprocessor, "_channel_conversion", False))
+    unit = int(getattr(preprocessor, "pad_size_divisor", 1))
+    return msgspec.convert({**read, "bgr_to_rgb": swap, "pad_size_divisor": unit}, Normalization)
 
 
-def image_pipeline(config: Config) -> ImagePipeline:
-    """The config's test pipeline.
+def image_pipeline(config: Config) -> tuple[Step, ...]:
+    """The transforms of the config's test pipeline between a decoded image and the network's input.
 
     Raises:
         ValueError: none in the config, or a transform or an option that an exported file cannot describe.
@@ -74,17 +72,13 @@ def image_pipeline(config: Config) -> ImagePipeline:
     if "test_dataloader" not in config:
         raise ValueError(f"config {config.filename}: has no test_dataloader, whose pipeline prepares the images")
     transforms = []
-    size, keep_ratio = None, False
     for step in get_test_pipeline_cfg(config):
         kind = str(step["type"]).rpartition(".")[2]
         if kind in _SILENT:
             _check_loader(step, config)
-            continue
-        transform = _described(kind, step, config)
-        if kind == "Resize":
-            size, keep_ratio = tuple(transform["scale"]), transform["keep_ratio"]
-        transforms.append(transform)
-    return ImagePipeline(tuple(transforms), size, keep_ratio)
+        else:
+            transforms.append(_described(kind, step, config))
+    return tuple(transforms)
 
 
 def _check_loader(step: Any, config: Config) -> None:
@@ -96,24 +90,45 @@ def _check_loader(step: Any, config: Config) -> None:
             )
 
 
-def _described(kind: str, step: Any, config: Config) -> dict[str, Any]:
+def _described(kind: str, step: Any, config: Config) -> Step:
+    values: dict[str, Any] = {}
     if kind == "Equalize" and step.get("prob", 1.0) == 1.0:
-        return {"type": kind}
-    if kind == "Resize" and len(step.get("scale") or ()) == 2 and step.get("backend", "cv2") == "cv2":
-        width, height = step["scale"]
-        return {
-            "type": kind,
-            "scale": [int(height), int(width)],
-            "keep_ratio": bool(step.get("keep_ratio", False)),
-            "interpolation": step.get("interpolation", "bilinear"),
-        }
-    if kind == "Pad" and step.get("size") and step.get("padding_mode", "constant") == "constant":
-        width, height = step["size"]
-        values = step.get("pad_val", 0)
-        values = values.get("img", 0) if isinstance(values, dict) else values
-        values = list(values) if isinstance(values, (list, tuple)) else [values] * 3
-        return {"type": kind, "size": [int(height), int(width)], "pad_values": [float(value) for value in values]}
-    raise ValueError(
-        f"config {config.filename}: test pipeline: {dict(step)}: an exported file can describe Equalize with prob=1, "
-        "Resize with `scale`, and Pad with `size`; export with a test pipeline of these"
-    )
+        values["type"] = kind
+    elif kind == "Resize" and step.get("backend", "cv2") == "cv2":
+        values = {"type": kind, "scale": (step.get("scale") or ())[::-1]}
+        values |= {"keep_ratio": bool(step.get("keep_ratio")), "interpolation": step.get("interpolation", "bilinear")}
+    elif kind == "Pad" and step.get("padding_mode", "constant") == "constant":
+        fill = step.get("pad_val", 0)
+        fill = fill.get("img", 0) if isinstance(fill, dict) else fill
+        values = {"type": kind, "size": (step.get("size") or ())[::-1]}
+        values["pad_values"] = fill if isinstance(fill, (list, tuple)) else [fill] * 3
+    try:
+        described: Step = msgspec.convert(values, Step)
+        return described
+    except (msgspec.ValidationError, TypeError) as error:
+        raise ValueError(
+            f"config {config.filename}: test pipeline: {dict(step)}: an exported file can describe Equalize with "
+            "prob=1, Resize with `scale`, and Pad with `size`, of at most 4096 pixels a side; export with a test "
+            f"pipeline of these ({error})"
+        ) from None
+
+
+def example_shape(network: DeployedDetector) -> Shape:
+    """The shape to trace with; parity is checked at others.
+
+    Its sides are different and none is a single unit: equal sides, or ones, would become part of the program.
+    """
+    unit = network.normalization.pad_size_divisor
+    return 2, (network.min_units + 1) * unit, (network.min_units + 3) * unit
+
+
+def example_images(network: DeployedDetector, shape: Shape, *, seed: int = 0) -> Tensor:
+    """Random images (B, 3, H, W) for `network`, smooth with noise."""
+    batch, height, width = shape
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randn(batch, 3, 6, 6, generator=generator) * 50 + 118
+    images = nn.functional.interpolate(coarse, size=(height, width), mode="bicubic")
+    images = (images + torch.randn(images.shape, generator=generator) * 20).clamp(0, 255).round()
+    if network.preprocessing:
+        return images
+    return (images - network.mean.cpu()) / network.std.cpu()

@@ -1,4 +1,4 @@
-"""A detector as one module from images to boxes, scores and labels, without anything that depends on values."""
+"""A detector as one module from images to boxes, scores and labels; no shape in it depends on values."""
 
 from __future__ import annotations
 
@@ -7,19 +7,18 @@ from typing import Any
 
 import torch
 from mmdet.models.dense_heads import AnchorHead, RTMDetHead
-from mmdet.models.detectors import DINO, SingleStageDetector, TwoStageDetector
+from mmdet.models.detectors import SingleStageDetector, TwoStageDetector
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.nn import functional as F
 
-from castling_det.export.dense import DenseDecoder, PostProcessing, RawMaps
-from castling_det.export.dino import DinoDecoder
-from castling_det.export.inputs import Normalization, normalization
-from castling_det.export.metadata import OUTPUT_NAMES
-from castling_det.export.precision import hold_norms_in_float32
-from castling_det.export.sizes import keep_sizes_simple
+from castling_det.export.dense import DenseDecoder, PostProcessing
+from castling_det.export.inputs import normalization
 from castling_det.export.two_stage import TwoStageDecoder
 from castling_det.models import fuse_detector
+from castling_det.runtime.metadata import OUTPUT_NAMES
 
-__all__ = ["DeployedDetector"]
+__all__ = ["DeployedDetector", "hold_norms_in_float32", "keep_sizes_simple"]
 
 
 class DeployedDetector(nn.Module):
@@ -30,14 +29,11 @@ class DeployedDetector(nn.Module):
         preprocessing: take BGR images of 0 to 255; otherwise what the detector's data preprocessor returns.
         half: weights and features in float16. Norms, the accumulation of the attention, and everything from the
             head's maps on stay in float32.
-        nms_as_operator: see `selection.keep_by_nms`; True for ONNX.
 
     Attributes:
-        max_per_img: rows an image. score_thr: of the detections.
-        notes: what the file lacks, in words.
-        head_attention: paths of modules in which the detector's own head attends by softmax, whatever the backbone.
+        settings: thresholds of suppression, and rows an image.
+        notes: sentences on the branches that are left out.
         min_units: least height and width, in `pad_size_divisor`, that the detector is traced and compared with.
-        nms_iou: overlap of suppression, None without it.
 
     Raises:
         ValueError: a detector or a setting that has no exported form.
@@ -46,9 +42,7 @@ class DeployedDetector(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(
-        self, detector: nn.Module, *, preprocessing: bool = True, half: bool = False, nms_as_operator: bool = True
-    ) -> None:
+    def __init__(self, detector: nn.Module, *, preprocessing: bool = True, half: bool = False) -> None:
         super().__init__()
         if detector.training:
             raise ValueError("detector: is in training mode; call eval() before it is exported")
@@ -56,38 +50,38 @@ class DeployedDetector(nn.Module):
         # Before the precision changes: the folded weights are rounded once.
         fuse_detector(detector)
         keep_sizes_simple(detector)
-        self.normalization: Normalization = normalization(detector)
+        self.normalization = normalization(detector)
         self.preprocessing = preprocessing
         self.half_precision = half
-        self.notes: tuple[str, ...] = ()
-        self.head_attention: tuple[str, ...] = ()
         # A map with a single row or column would be traced as one that has no other size.
         self.min_units = max(2, 2 * _coarsest_stride(detector) // self.normalization.pad_size_divisor)
-        self.nms_iou: float | None
         if half:
             detector.half()
             hold_norms_in_float32(detector)
-        self.decoder = self._decoder(detector, nms_as_operator)
+        self.decoder, self.notes = _decoder(detector)
+        self.settings: PostProcessing = self.decoder.settings
         self.detector: Any = detector
-        channels = (1, 3, 1, 1)
-        self.register_buffer("mean", torch.tensor(self.normalization.mean).view(channels), persistent=False)
-        self.register_buffer("std", torch.tensor(self.normalization.std).view(channels), persistent=False)
+        self.register_buffer("mean", torch.tensor(self.normalization.mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(self.normalization.std).view(1, 3, 1, 1), persistent=False)
 
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Maps (B, 3, H, W) float32 to `boxes` (B, N, 4), `scores`, `labels` (B, N), and the head's maps by name."""
-        hw = (images.shape[-2], images.shape[-1])
-        maps = self.maps(images)
-        found = self.decoder(maps, hw)
+    def forward(self, images: Tensor, sizes: Tensor | None = None) -> dict[str, Tensor]:
+        """Detections, and the head's maps by their names with `raw_` in front.
+
+        Args:
+            images: (B, 3, H, W), float32.
+            sizes: height and width of each image without its padding, (B, 2), float32; None: there is no padding.
+                Boxes are clipped to them before suppression, as MMDetection does.
+
+        Returns:
+            `boxes` (B, N, 4), `scores` and `labels` (B, N), and the maps.
+        """
+        height, width = images.shape[-2:]
+        if sizes is None:
+            sizes = images.new_tensor([[height, width]]).expand(images.shape[0], -1)
+        hw = torch.stack([sizes[:, 0].clamp(max=height), sizes[:, 1].clamp(max=width)], dim=1)
+        found, maps = self.decoder(self._features(images), hw)
         rows = dict(zip(OUTPUT_NAMES, (found.boxes, found.scores, found.labels), strict=True))
         return {**rows, **{f"raw_{name}": value for name, value in maps.items()}}
-
-    def maps(self, images: Tensor) -> RawMaps:
-        """What the head itself returns, in float32."""
-        features = self._features(images)
-        if isinstance(self.decoder, TwoStageDecoder):
-            return self.decoder.maps(features, (images.shape[-2], images.shape[-1]))
-        assert isinstance(self.decoder, (DenseDecoder, DinoDecoder))
-        return self.decoder.maps(features)
 
     def _features(self, images: Tensor) -> tuple[Tensor, ...]:
         x = images
@@ -97,37 +91,18 @@ class DeployedDetector(nn.Module):
         features = self.detector.backbone(x.half() if self.half_precision else x)
         return tuple(self.detector.neck(features) if self.detector.with_neck else features)
 
-    def _decoder(self, detector: Any, nms_as_operator: bool) -> nn.Module:
-        if isinstance(detector, DINO):
-            self.score_thr, self.nms_iou = 0.0, None
-            # Its decoder attends over its queries and weights the points that it samples.
-            self.head_attention = ("decoder",)
-            # It picks its queries from the tokens, and needs an image that has as many.
-            self.min_units = max(6, self.min_units)
-            self.notes += (
-                "the decoder of DINO attends over its own queries by softmax",
-                "padding is seen as image: give batches of images of one size for the detections of MMDetection",
-            )
-            dino = DinoDecoder(detector)
-            self.max_per_img = dino.max_per_img
-            return dino
-        if isinstance(detector, TwoStageDetector):
-            two_stage = TwoStageDecoder(detector, nms_as_operator=nms_as_operator)
-            decoder: nn.Module = two_stage
-            settings = two_stage.settings
-            if detector.roi_head.with_mask:
-                self.notes += ("boxes only: the mask branch is left out",)
-        elif isinstance(detector, SingleStageDetector) and isinstance(detector.bbox_head, (AnchorHead, RTMDetHead)):
-            settings = PostProcessing.of(detector.test_cfg, "test_cfg")
-            decoder = DenseDecoder(detector.bbox_head, settings, nms_as_operator=nms_as_operator)
-        else:
-            raise ValueError(
-                f"{type(detector).__name__}: expected a single-stage detector with an anchor, GFL, PicoDet or RTMDet "
-                "head, or Faster or Mask R-CNN, or DINO; no other family is exported"
-            )
-        self.score_thr, self.nms_iou = settings.score_thr, settings.nms_iou
-        self.max_per_img = settings.max_per_img
-        return decoder
+
+def _decoder(detector: Any) -> tuple[Any, tuple[str, ...]]:
+    """The module from features to detections, and notes on the branches that it leaves out."""
+    if isinstance(detector, TwoStageDetector):
+        notes = ("boxes only: the mask branch is left out",) if detector.roi_head.with_mask else ()
+        return TwoStageDecoder(detector), notes
+    if isinstance(detector, SingleStageDetector) and isinstance(detector.bbox_head, (AnchorHead, RTMDetHead)):
+        return DenseDecoder(detector.bbox_head, PostProcessing.of(detector.test_cfg, "test_cfg")), ()
+    raise ValueError(
+        f"{type(detector).__name__}: expected a single-stage detector with an anchor, GFL, PicoDet or RTMDet head, or "
+        "Faster or Mask R-CNN; no other family is exported"
+    )
 
 
 def _coarsest_stride(detector: nn.Module) -> int:
@@ -136,3 +111,63 @@ def _coarsest_stride(detector: nn.Module) -> int:
     generators = [getattr(head, "prior_generator", None) for head in heads]
     strides = [stride for generator in generators if generator is not None for stride in generator.strides]
     return int(max((max(stride) if isinstance(stride, tuple) else stride for stride in strides), default=0))
+
+
+class _DividingConv(nn.Module):
+    """A strided convolution of kernel k, stride s and padding p on a side n that s divides: n / s places.
+
+    The usual size, floor((n + 2 p - k) / s) + 1, is the same number, but a tracer of unknown n keeps the floor, and a
+    floor of that in the next layer: its formulas grow until comparing two sizes takes minutes. Padding the far side by
+    k - s - p, which may be a crop, leaves out only pixels that no place reads, and the formula is n / s.
+    """
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        conv, sizes = self.conv, x.shape[-2:]
+        strides, paddings, kernels = conv.stride, conv.padding, conv.kernel_size
+        unknown = any(isinstance(n, torch.SymInt) for n in sizes)
+        if not unknown or not all(statically_known_true(n % s == 0) for n, s in zip(sizes, strides, strict=True)):
+            out: Tensor = conv(x)
+            return out
+        assert not isinstance(paddings, str)
+        pads: list[int] = []
+        for s, p, k in zip(reversed(strides), reversed(paddings), reversed(kernels), strict=True):
+            pads += [p, k - s - p]
+        return F.conv2d(F.pad(x, pads), conv.weight, conv.bias, conv.stride, 0, conv.dilation, conv.groups)
+
+
+def keep_sizes_simple(module: nn.Module) -> None:
+    """Puts a `_DividingConv` in the place of every plain strided convolution inside `module`; it computes the same."""
+    for parent in list(module.modules()):
+        for name, conv in list(parent.named_children()):
+            if type(conv) is not nn.Conv2d or isinstance(parent, _DividingConv) or max(conv.stride) == 1:
+                continue
+            if conv.padding_mode == "zeros" and isinstance(conv.padding, tuple) and tuple(conv.dilation) == (1, 1):
+                setattr(parent, name, _DividingConv(conv))
+
+
+class _Float32Norm(nn.Module):
+    """A norm that computes in float32 between features of another type."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm.float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.norm(x.float())
+        return out.to(x.dtype)
+
+
+def hold_norms_in_float32(module: nn.Module) -> None:
+    """Wraps every LayerNorm and GroupNorm inside `module`, in place.
+
+    They sum over a whole token or a whole map, for which float16 has too few digits. BatchNorm is only a scale and a
+    shift in eval mode. The attention itself accumulates in float32 in any precision.
+    """
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, (nn.LayerNorm, nn.GroupNorm)):
+                setattr(parent, name, _Float32Norm(child))

@@ -215,25 +215,6 @@ class CastlingAttention(MaskedAttention):
         y_BNHK: Tensor = self.dconv(v_BNHK.flatten(-2), hw).unflatten(-1, v_BNHK.shape[-2:])
         return y_BNHK
 
-    def macs(self, num_tokens: int) -> dict[str, int]:
-        """Multiply-adds of the deployed forward for one sequence of `num_tokens`, by kind.
-
-        Softmax: q k^T and p v, N * N * C each. Linear: k^T v and q (k^T v), N * K * C each, and the row sums of the
-        `"kernel"` normaliser, the weighted sum of the keys and its product with q, N * C each. Norms, scalings and
-        additions are not multiply-adds and count zero.
-        """
-        if self.mode == "softmax":
-            scores = values = num_tokens * num_tokens * self.dim
-        else:
-            values = num_tokens * self.dim * (self.dim // self.num_heads)
-            scores = values + (2 * num_tokens * self.dim if self.options.normalizer == "kernel" else 0)
-        return {
-            "attention_scores": scores,
-            "attention_values": values,
-            "projections": 4 * num_tokens * self.dim * self.dim,
-            "local_conv": self.dconv.macs(num_tokens) if self.dconv is not None else 0,
-        }
-
     def extra_repr(self) -> str:
         """The options, for `print(model)`."""
         return f"{self.options}, num_heads={self.num_heads}"

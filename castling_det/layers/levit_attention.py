@@ -149,33 +149,6 @@ class LevitAttention(MaskedAttention):
         gathered: Tensor = table_HYX[:, rows[:, None, :, None], columns[None, :, None, :]]
         return gathered.flatten(3).flatten(1, 2).unsqueeze(0)
 
-    def macs(self, hw: tuple[int, int]) -> dict[str, int]:
-        """Multiply-adds of the deployed forward for one map of size `hw`, by kind.
-
-        With N tokens, M of them queries, H heads of K and V channels. Softmax: q k^T and p v, M * N * H * K and
-        M * N * H * V. Linear: k^T v and q (k^T v), N * H * K * V and M * H * K * V, and the row sums of the `"kernel"`
-        normaliser, (N + M) * H * K. Norms, activations, additions and the interpolation of biases count zero.
-        """
-        tokens = hw[0] * hw[1]
-        height, width = strided_hw(hw, self.query_stride)
-        queries = height * width
-        keys_dim, values_dim = self.num_heads * self.key_dim, self.num_heads * self.value_dim
-        if self.mode == "softmax":
-            scores, values = queries * tokens * keys_dim, queries * tokens * values_dim
-        else:
-            row_sums = (tokens + queries) * keys_dim if self.options.normalizer == "kernel" else 0
-            scores = tokens * keys_dim * self.value_dim + row_sums
-            values = queries * keys_dim * self.value_dim
-        out_dim = _out_features(self.proj[-1])
-        places = queries if self.options.local_conv == "image" else tokens
-        inputs = tokens * (keys_dim + values_dim) + queries * keys_dim
-        return {
-            "attention_scores": scores,
-            "attention_values": values,
-            "projections": inputs * self.in_dim + queries * values_dim * out_dim,
-            "local_conv": self.dconv.macs(places) if self.dconv is not None else 0,
-        }
-
     def extra_repr(self) -> str:
         """The options, for `print(model)`."""
         return f"{self.options}, num_heads={self.num_heads}, key_dim={self.key_dim}, value_dim={self.value_dim}"
@@ -198,9 +171,3 @@ def _distances(size: int, stride: int, device: torch.device) -> Tensor:
     """|i - j| between each `stride`-th place i and every place j of an axis, int64."""
     places = torch.arange(size, device=device)
     return (places[::stride, None] - places).abs()
-
-
-def _out_features(projection: nn.Module) -> int:
-    linear = projection.linear if isinstance(projection, LinearNorm) else projection
-    assert isinstance(linear, nn.Linear)
-    return linear.out_features

@@ -72,13 +72,6 @@ class LocalConv(nn.Conv2d):
         y = super().forward(image).permute(0, 2, 3, 1).flatten(1, 2)
         return F.pad(y, (0, 0, prefix, 0)) if prefix else y
 
-    def macs(self, num_tokens: int) -> int:
-        """Multiply-adds for one sequence of `num_tokens`, borders counted in full."""
-        taps = self.kernel_size[0] * self.kernel_size[1]
-        if self.kind == "tokens":
-            return taps * num_tokens * self.dim
-        return taps * (num_tokens - self.num_prefix_tokens) * self.dim
-
 
 def build_local_conv(
     options: AttentionOptions, dim: int, num_heads: int, *, num_prefix_tokens: int = 0, stride: int = 1

@@ -151,29 +151,6 @@ class PooledAttention(MaskedAttention):
             image = F.avg_pool2d(image, ratio, ceil_mode=True, count_include_pad=False)
         return image.flatten(2).transpose(1, 2)
 
-    def macs(self, hw: tuple[int, int]) -> dict[str, int]:
-        """Multiply-adds of the deployed forward for one map of height and width `hw`, by kind.
-
-        With M queries and N keys. Softmax: q k^T and p v, M * N * C each, and each query times the vectors of its row
-        and column distances, M * (height + width of the keys' grid) * C. Linear: k^T v, N * K * C, and q (k^T v),
-        M * K * C, and under the `"kernel"` normaliser the sum of keys, N * C, and the row sums, M * C. Norms, scalings,
-        additions and what brings values to the queries' places are not multiply-adds and count zero.
-        """
-        query_hw, key_hw = self.grids(hw)
-        queries, keys = query_hw[0] * query_hw[1], key_hw[0] * key_hw[1]
-        counts = {
-            "projections": (hw[0] * hw[1] * self.dim * 3 + queries * self.dim_out) * self.dim_out,
-            "pooling": _KERNEL_SIZE**2 * (queries + 2 * keys) * self.dim_out,
-            "local_conv": self.dconv.macs(keys) if self.dconv is not None else 0,
-        }
-        if self.mode == "softmax":
-            scores = values = queries * keys * self.dim_out
-            counts["relative_positions"] = queries * sum(key_hw) * self.dim_out
-        else:
-            columns = self.dim_out // self.num_heads + (self.options.normalizer == "kernel")
-            scores, values = keys * self.dim_out * columns, queries * self.dim_out * columns
-        return {**counts, "attention_scores": scores, "attention_values": values}
-
     def extra_repr(self) -> str:
         """The options, for `print(model)`."""
         return f"{self.options}, num_heads={self.num_heads}, stride_q={self.stride_q}, stride_kv={self.stride_kv}"

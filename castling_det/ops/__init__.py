@@ -1,7 +1,7 @@
 """Pure functions on tensors, torch only.
 
-Shape suffixes, here and in attention bodies: B batch, H heads, G a group of heads, N tokens,
-M query tokens where they are not all N, K channels of a head, V those of its values where they are not K, C = H * K.
+Shape suffixes, here and in attention bodies: B batch; H heads; G a group of heads; N tokens; M queries, when fewer
+than the N keys; K channels of a head; V channels of its values, when not K; C = H * K.
 """
 
 from castling_det.ops.linear_angular import NORMALIZERS, linear_angular_attention, linear_angular_packed

@@ -30,26 +30,26 @@ def linear_angular_attention(
     """Attends with sim(q, k) = 1/2 + cos(q, k)/pi, evaluated as q^ (k^T v), hats L2-normalised over the last axis.
 
     `normalizer="l2"` is the published block: `l2(aux + v/2 + (1/pi) q^ (k^T v))`, v/2 taken per token.
-    `normalizer="kernel"` is the row-stochastic form: `sum_j w_ij v_j` with `w_ij = sim_ij / sum_j sim_ij`, in
-    which sim >= 1/2 - 1/pi > 0, so that each output is a convex average of the values.
+    `normalizer="kernel"` is the row-stochastic form: `sum_j w_ij v_j` with `w_ij = sim_ij / sum_j sim_ij`. There
+    sim >= 1/2 - 1/pi > 0, so that each output is a convex average of the values.
 
     Args:
-        q: queries, (B, H, M, K), any float dtype. Not normalised by the caller.
+        q: queries, (B, H, M, K), any float dtype, not normalised.
         k: keys, (B, H, N, K).
         v: values, (B, H, N, V).
         normalizer: `"l2"` or `"kernel"`.
-        aux: the masked softmax branch of the same q, k, v while training, or None. Under `"l2"` its output joins the
-            sum (published). Under `"kernel"` both branches are averages, so the result is the average of all their
-            weights, `(linear + aux.out) / (1 + aux.kept_mass)`: convex at every threshold, `linear` once the mask is
-            empty.
-        v_at_q: what v/2 of `"l2"` is taken from, (B, H, M, V): the values at the queries' places. None: `v`, a query
-            for each. Unused under `"kernel"`, whose constant term is the same for every query.
+        aux: the masked softmax branch of the same q, k, v in training, or None. `"l2"` adds its output to the sum
+            (published). `"kernel"` takes the average of both branches' weights,
+            `(linear + aux.out) / (1 + aux.kept_mass)`: convex at every threshold, and equal to `linear` once the mask
+            is empty.
+        v_at_q: values at the query positions, (B, H, M, V), for the v/2 term of `"l2"`. None takes `v`, with M = N.
+            `"kernel"` does not use it: its constant term is the same for every query.
 
     Returns:
         (B, H, M, V), dtype of `v`. Half precisions are accumulated in float32, also under autocast.
 
     Raises:
-        ValueError: unknown `normalizer`, or shapes that do not belong together.
+        ValueError: unknown `normalizer`, or shapes that do not fit.
     """
     _check_normalizer(normalizer)
     v_at_q = v if v_at_q is None else v_at_q
@@ -69,31 +69,31 @@ def linear_angular_packed(
     aux: MaskedSoftmax | None = None,
     local: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """`linear_angular_attention` on a packed projection, so that nothing is permuted or merged by a copy.
+    """`linear_angular_attention` on a packed projection, without copies that permute or merge heads.
 
-    With `normalizer="l2"` its gradient is written by hand and can be taken once.
+    The gradient of `normalizer="l2"` is written by hand and can be taken only once.
 
     Args:
         qkv: queries, keys and values, (B, N, 3, H, K), any float dtype.
         normalizer: `"l2"` or `"kernel"`.
         aux: the masked softmax branch, its tensors (B, H, N, K) and (B, H, N), or None.
-        local: maps the values, (B, N, H, K) contiguous, to a new tensor of that shape that is added, such as the
-            local convolution. It shares the copy of the values, and the gradient that reaches `qkv` through them.
+        local: a function of the values, (B, N, H, K) contiguous, whose result, a new tensor of that shape, is added;
+            the local convolution. It shares the copy of the values and their gradient.
 
     Returns:
-        (B, N, H, K), dtype of `local`'s result, else of `qkv`.
+        (B, N, H, K), in the dtype of `local`'s result if given, else in that of `qkv`.
 
     Raises:
         ValueError: unknown `normalizer`.
     """
     _check_normalizer(normalizer)
-    # A compiler fuses the derivatives of the formula itself; a tracer wants the formula.
+    # A compiler fuses the derivative of the formula on its own; a tracer needs the formula.
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     if normalizer == "l2" and torch.is_grad_enabled() and not traced:
         out_BNHK, v_BNHK = _PackedUnitSum.apply(qkv, None if aux is None else aux.out)  # type: ignore[no-untyped-call]
         return out_BNHK.to(qkv.dtype) if local is None else local(v_BNHK).add_(out_BNHK)
     v_BNHK = qkv[:, :, 2].contiguous()
-    # First, so that its temporaries are free, and in the caches, for what follows.
+    # First, so that the operations below reuse the memory of its temporaries while that is in the caches.
     local_BNHK = None if local is None else local(v_BNHK)
     with without_autocast(qkv):
         x_BN3HK = qkv.to(accumulation_dtype(qkv.dtype))
@@ -106,7 +106,7 @@ def linear_angular_packed(
 
 
 class _WeightedSum(NamedTuple):
-    """The branch before its normaliser, and what the gradient by hand needs."""
+    """The branch before its normaliser, and intermediate results that the gradient needs."""
 
     total_BMHV: Tensor
     factor_BMH1: Tensor
@@ -115,7 +115,7 @@ class _WeightedSum(NamedTuple):
     k_length_BNH1: Tensor
 
     def out(self) -> Tensor:
-        # Autograd keeps the total for the backward of its norm; without it the product may take its place.
+        # Autograd saves the total for the backward of its norm. Only without autograd may it be overwritten.
         in_place = not self.total_BMHV.requires_grad
         return self.total_BMHV.mul_(self.factor_BMH1) if in_place else self.total_BMHV * self.factor_BMH1
 
@@ -131,12 +131,12 @@ def _weighted_sum(
 ) -> _WeightedSum:
     dtype = v_BNHV.dtype
     q_length_BMH1, k_length_BNH1 = (length_of(norm) for norm in norms)
-    # 1/N on all terms cancels in either normaliser and keeps the sum's squared norm inside any dtype's range.
+    # Scaling all terms by 1/N cancels in either normaliser, and keeps the squared norm of the sum in range.
     per_token = 1.0 / v_BNHV.shape[1]
     k_scale_BNH1 = per_token / math.pi / k_length_BNH1
-    # The scaled keys have no name, so that their memory is free, and in the caches, for the total.
+    # The scaled keys are not stored in a variable, so that the total reuses their memory while it is in the caches.
     kv_BHKV = _matmul((k_BNHK * k_scale_BNH1).permute(0, 2, 3, 1), v_BNHV.transpose(1, 2))
-    # |q| on all terms cancels as well, so that q is read once and never normalised.
+    # Scaling all terms by |q| cancels as well, so that q is never normalised.
     total_BMHV = _matmul(q_BMHK.transpose(1, 2), kv_BHKV).transpose(1, 2)
     if normalizer == "l2":
         total_BMHV.addcmul_(own_BMHV, q_length_BMH1 * (0.5 * per_token))
@@ -156,13 +156,13 @@ def _weighted_sum(
 class _PackedUnitSum(torch.autograd.Function):
     """`normalizer="l2"` with the gradient of q, k and v written into one packed tensor.
 
-    Left to autograd, forward and backward take 1.7 times as long: norms are differentiated over all of `qkv`, and
-    the parts are scattered, stacked and added up.
+    Autograd would take 1.7 times as long for forward and backward: it differentiates the norms over all of `qkv`, and
+    scatters, stacks and adds the parts.
     """
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, aux: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The branch, (B, N, H, K) in the accumulation dtype, and a contiguous copy of the values in their own."""
+        """The branch, (B, N, H, K) in the accumulation dtype, and a contiguous copy of the values in their dtype."""
         v_BNHK = qkv[:, :, 2].contiguous()
         with without_autocast(qkv):
             x_BN3HK = qkv.to(accumulation_dtype(qkv.dtype))
@@ -181,13 +181,13 @@ class _PackedUnitSum(torch.autograd.Function):
         qkv, aux, out_BNHK, factor_BNH1, kv_BHKK, q_length_BNH1, k_length_BNH1 = ctx.saved_tensors
         dtype = out_BNHK.dtype
         grad_qkv = torch.empty_like(qkv, dtype=dtype)
-        # Each holds products on the way until its own gradient is written last: nothing else of that size is needed.
+        # Each part serves as a buffer for products until its own gradient is written: no other memory is needed.
         grad_q_BNHK, grad_k_BNHK, grad_v_BNHK = grad_qkv.unbind(2)
         per_token = 1.0 / qkv.shape[1]
         with without_autocast(qkv):
             q_BNHK, k_BNHK, v_BNHK = qkv.to(dtype).unbind(2)
             grad_out = grad_out.to(dtype)
-            # d/dt of t / |t|: the part of the gradient that is orthogonal to the output, over |t|.
+            # Derivative of t / |t|: the part of the gradient that is orthogonal to the output, divided by |t|.
             along_BNH1 = torch.mul(grad_out, out_BNHK, out=grad_q_BNHK).sum(dim=-1, keepdim=True)
             grad_total_BNHK = torch.addcmul(grad_out, out_BNHK, along_BNH1, value=-1).mul_(factor_BNH1)
             grad_total_BHNK = grad_total_BNHK.transpose(1, 2)
@@ -219,7 +219,7 @@ class _PackedUnitSum(torch.autograd.Function):
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
-    """`a @ b` over images and heads. torch copies strided heads first where there is more than one image; this not."""
+    """`a @ b` over images and heads. For batches > 1 torch copies strided heads; this loop avoids that copy."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or len(a) == 1:
         return a @ b
     out = a.new_empty((*a.shape[:-1], b.shape[-1]))
@@ -229,7 +229,7 @@ def _matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _packed_norms(x_BN3HK: Tensor) -> tuple[Tensor, Tensor]:
-    # One pass over contiguous memory: over a slice of it, torch's reduction takes five times as long on a CPU.
+    # Over the whole contiguous tensor: over a slice of it, torch's reduction takes five times as long on a CPU.
     q_norm_BNH1, k_norm_BNH1, _ = vector_norm(x_BN3HK).unbind(2)
     return q_norm_BNH1, k_norm_BNH1
 

@@ -1,6 +1,6 @@
-"""The auxiliary branch of training: softmax attention of which only the probabilities above a threshold are kept.
+"""The auxiliary branch of training: softmax attention that keeps only the probabilities above a threshold.
 
-Exact, by blocks of queries, recomputed in backward: no N x N tensor is alive across the call or inside it.
+Exact, computed in blocks of queries and again in backward: no N x N tensor is alive across the call or inside it.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from castling_det.ops.numerics import accumulation_dtype, without_autocast
 __all__ = ["MaskedSoftmax", "masked_softmax", "masked_softmax_attention", "masked_softmax_packed"]
 
 _BLOCK_ELEMENTS = 1 << 19
-"""Probabilities alive at once: 2 MiB in float32, which the caches hold."""
+"""Probabilities that are alive at once: 2 MiB in float32, which fit in the caches."""
 
 
 class MaskedSoftmax(NamedTuple):
-    """The branch's output and what its mask kept."""
+    """The output of the branch and how much its mask kept."""
 
     out: Tensor
     """(B, H, M, V), `(p * [p > threshold]) @ v`."""
@@ -36,10 +36,10 @@ def masked_softmax(q: Tensor, k: Tensor, v: Tensor, threshold: float, *, scale: 
     """Computes `p = softmax(scale * q k^T)`, keeps `p > threshold` (rows are not renormalised) and multiplies by v.
 
     Args:
-        q: queries, (B, H, M, K), any float dtype; M = N where each token asks.
+        q: queries, (B, H, M, K), any float dtype.
         k: keys, (B, H, N, K).
         v: values, (B, H, N, V).
-        threshold: probability in [0, inf]. From 1 on nothing is kept for certain, and nothing is computed.
+        threshold: probability in [0, inf]. From 1 on nothing is kept, and nothing is computed.
         scale: factor on the logits; None is K ** -0.5.
 
     Returns:
@@ -52,17 +52,14 @@ def masked_softmax(q: Tensor, k: Tensor, v: Tensor, threshold: float, *, scale: 
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     accumulation = accumulation_dtype(v.dtype)
     with without_autocast(v):
-        # A tensor, because torch.compile makes a graph for every value of a number; it moves with every iteration.
+        # A tensor, because the threshold changes every iteration and torch.compile makes a graph for every number.
         limit = torch.full((), threshold, dtype=torch.float64)
         out, kept_mass, count = _forward(q.to(accumulation), k.to(accumulation), v.to(accumulation), limit, scale)
     return _result(out.to(v.dtype), kept_mass, count, k.shape[-2])
 
 
 def masked_softmax_packed(qkv: Tensor, threshold: float, *, scale: float | None = None) -> MaskedSoftmax:
-    """`masked_softmax` of a packed projection, (B, N, 3, H, K), whose gradient is written into one packed tensor.
-
-    Shapes of the result, dtypes and errors as there.
-    """
+    """`masked_softmax` of a packed projection, (B, N, 3, H, K), whose gradient is written into one packed tensor."""
     if torch.compiler.is_compiling():
         q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
         return masked_softmax(q, k, v, threshold, scale=scale)
@@ -84,29 +81,29 @@ def _result(out: Tensor, kept_mass: Tensor, count: Tensor, num_keys: int) -> Mas
 def masked_softmax_attention(
     q: Tensor, k: Tensor, v: Tensor, threshold: float, *, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`masked_softmax` without the mass: `(out, kept_fraction)`, shapes and errors as there."""
+    """`masked_softmax` without the kept mass: `(out, kept_fraction)`."""
     result = masked_softmax(q, k, v, threshold, scale=scale)
     return result.out, result.kept_fraction
 
 
-# Operators of torch's library, so that torch.compile and torch.export take each as one node.
+# Registered operators, so that torch.compile and torch.export see each of them as one node.
 @torch.library.custom_op("castling_det::masked_softmax", mutates_args=())
 def _forward(q: Tensor, k: Tensor, v: Tensor, threshold: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Output (B, H, M, V), token by token, kept mass (B, H, M) and the number of kept entries, 0-d int64."""
+    """Output (B, H, M, V), with heads side by side in memory; kept mass (B, H, M); kept entries, 0-d int64."""
     out = _empty_output(q, v).zero_()
     kept_mass = v.new_zeros(q.shape[:-1])
     count = torch.zeros((), dtype=torch.long, device=v.device)
-    # No probability is above 1, though a computed one may round to a little more: 1 keeps nothing.
+    # No probability exceeds 1, though a computed one may by rounding: from a threshold of 1 on nothing is kept.
     limit = float(threshold)
     for heads, rows in _blocks(q, k) if limit < 1 else ():
         sparse_GMN = F.threshold(_probabilities(q[rows] * scale, k[heads]), limit, 0.0, inplace=True)
         mass_GM = sparse_GMN.sum(dim=-1)
-        # Asking an accelerator would make the host wait for it.
+        # On an accelerator this test would make the host wait.
         if mass_GM.device.type == "cpu" and not mass_GM.any():
             continue
         kept_mass[rows] = mass_GM
         out[rows] = sparse_GMN @ v[heads]
-        # Thirty times as fast as count_nonzero on a CPU. Ones of a row add up exactly for any row that fits memory.
+        # Thirty times as fast as count_nonzero on a CPU. Float sums of ones are exact for any row that fits in memory.
         count += sparse_GMN.sign_().sum(dim=-1).sum(dtype=torch.long)
     return out, kept_mass, count
 
@@ -141,9 +138,9 @@ def _add_gradients(
     threshold: Tensor,
     scale: float,
 ) -> None:
-    """Adds to the gradients of q, k and v, which are zeros; the probabilities are computed again."""
+    """Adds to the gradients of q, k and v, which start at zero; computes the probabilities again."""
     grad_q, grad_k, grad_v = gradients
-    # sum_j p_ij dL/dp_ij of softmax's backward without the N products: the kept p_ij sum up to the outputs.
+    # The row sums sum_j p_ij dL/dp_ij of softmax's backward follow from the outputs, without N products a row.
     row_sums = (grad_out * out).sum(dim=-1) + grad_mass * kept_mass
     limit = float(threshold)
     for heads, rows in _blocks(q, k) if limit < 1 else ():
@@ -154,7 +151,7 @@ def _add_gradients(
         sparse_GMN = F.threshold(p_GMN, limit, 0.0)
         grad_v[heads] += sparse_GMN.transpose(-2, -1) @ grad_GMK
         grad_s_GMN = torch.baddbmm(grad_mass[rows].unsqueeze(-1), grad_GMK, v[heads].transpose(-2, -1))
-        # A row's p reaches every logit of the row, kept or not, through the denominator.
+        # Through the denominator every logit of a row, kept or not, receives a gradient.
         grad_s_GMN.mul_(sparse_GMN).addcmul_(p_GMN, row_sums[rows].unsqueeze(-1), value=-1)
         grad_q[rows] = grad_s_GMN @ k[heads] * scale
         grad_k[heads] += grad_s_GMN.transpose(-2, -1) @ scaled_q_GMK
@@ -186,7 +183,7 @@ _forward.register_autograd(_gradients, setup_context=_save_for_backward)
 
 
 class _Packed(torch.autograd.Function):
-    """The operators above between packed tensors: autograd would stack three gradients, and hold them twice."""
+    """The operators above on packed tensors. Autograd would stack three gradients and hold them twice."""
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, threshold: float, scale: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -215,12 +212,12 @@ class _Packed(torch.autograd.Function):
 
 def _empty_output(q: Tensor, v: Tensor) -> Tensor:
     batch, num_heads, queries, _ = q.shape
-    # Heads side by side, as the values have them in a packed projection: merging them is a view.
+    # Heads side by side in memory, as in a packed projection: merging them is a view, not a copy.
     return v.new_empty((batch, queries, num_heads, v.shape[-1])).transpose(1, 2)
 
 
 def _blocks(q: Tensor, k: Tensor) -> Iterator[tuple[tuple[int, slice], tuple[int, slice, slice]]]:
-    """Indices of heads, and of queries in them, that hold at most `_BLOCK_ELEMENTS` probabilities, or one row."""
+    """Indices of heads, and of their queries, in blocks of at most `_BLOCK_ELEMENTS` probabilities (or one row)."""
     batch, num_heads, queries, _ = q.shape
     tokens = k.shape[2]
     rows = min(queries, max(1, _BLOCK_ELEMENTS // max(1, tokens)))
@@ -233,5 +230,5 @@ def _blocks(q: Tensor, k: Tensor) -> Iterator[tuple[tuple[int, slice], tuple[int
 
 
 def _probabilities(scaled_q_GMK: Tensor, k_GNK: Tensor) -> Tensor:
-    # The same calls forward and backward, so that an entry at the threshold falls on the same side in both.
+    # Forward and backward make the same calls, so that an entry at the threshold falls on the same side in both.
     return torch.softmax(scaled_q_GMK @ k_GNK.transpose(-2, -1), dim=-1)

@@ -1,4 +1,4 @@
-"""What every op here agrees on: the eps of a norm, the dtype of an accumulation, the region without autocast."""
+"""Shared by the operators: the eps of a norm, the dtype of an accumulation, a region without autocast."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 __all__ = ["EPS", "accumulation_dtype", "length_of", "vector_norm", "without_autocast"]
 
 EPS = 1e-12
-"""A vector no longer than this has no direction: it is not stretched to length 1 but stays, in effect, zero."""
+"""Vectors with a norm up to EPS are left unscaled: they have no direction and are treated as zero."""
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -19,9 +19,9 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
-    """A region in which autocast leaves the dtypes on the device of `tensor` alone."""
+    """A region in which autocast is off on the device of `tensor`."""
     device = tensor.device.type
-    # A region of its own becomes a graph of its own in an exported program, which cannot be saved then.
+    # Only where autocast is on: torch.export turns such a region into a nested graph, and cannot save the program.
     return torch.autocast(device_type=device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
@@ -32,8 +32,8 @@ def vector_norm(x: Tensor) -> Tensor:
 
 
 def length_of(norm: Tensor, eps: Tensor | float = EPS) -> Tensor:
-    """What a vector of this norm is divided by: the norm, and 1 where norm <= eps.
+    """The divisor that normalises a vector: its norm, but 1 where norm <= eps.
 
-    So an all-zero token (padding, a dead row) stays zero and its gradient passes unscaled: neither NaN nor 1e12.
+    An all-zero token (padding, a dead row) stays zero and its gradient passes unscaled, instead of NaN or 1e12.
     """
     return torch.where(norm > eps, norm, 1.0)

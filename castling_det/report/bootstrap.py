@@ -1,80 +1,60 @@
-"""How sure a difference of mAP is: drawn again from the images, with replacement, both detectors on the same draws.
+"""How sure a difference of mAP is: images are drawn again with replacement, both detectors on the same draws.
 
-Detections are matched once. A draw only counts the images' matches as often as they were drawn and accumulates them
-as COCO does, so that a draw costs milliseconds and gives what COCO's evaluation of that set of images would give.
+Detections are matched once. A draw only accumulates each image's matches as often as the image was drawn, in
+faster-coco-eval's own code, and so gives the mAP that evaluating the drawn set would give.
 """
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
-from contextlib import redirect_stdout
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from castling_det.report.evaluation import evaluator_of, load_truth
-
-__all__ = ["CONFIDENCE", "Matches", "draw_images", "interval_of", "mean_average_precisions"]
+from castling_det.files import sha256_of
+from castling_det.report.evaluation import Annotations, evaluator_of
+from castling_det.report.records import Difference, RunRecord, unique
+from castling_det.report.runs import RunSpec
 
 CONFIDENCE = 0.95
-"""Of every interval."""
-
-_MAX_DETECTIONS = 100
+"""Confidence of every interval."""
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
-Flags = NDArray[np.bool_]
-
-
-@dataclass(frozen=True)
-class _Category:
-    """Detections of one category over all images, best score first, and the annotations to be found.
-
-    `right` and `wrong` (T, D) at each IoU threshold; neither is an ignored one. `image` (S,), `start` (S,) and `length`
-    (S,) are of runs of detections of one image and one score. `positives` (I,) are annotations by image.
-    """
-
-    right: Flags
-    wrong: Flags
-    image: Integers
-    start: Integers
-    length: Integers
-    positives: Integers
 
 
 class Matches:
-    """Which detections of a results file are right at each of COCO's IoU thresholds, by image.
+    """The matches of a results file, by category and image.
 
     Args:
         document: COCO annotations.
         results: boxes of a COCO results file.
     """
 
-    def __init__(self, document: dict[str, Any], results: list[dict[str, Any]]) -> None:
-        evaluator = evaluator_of(load_truth(document), results)
-        params = evaluator.params
-        params.areaRng, params.areaRngLbl, params.maxDets = [[0, 1e10]], ["all"], [_MAX_DETECTIONS]
-        with redirect_stdout(io.StringIO()):
-            evaluator.evaluate()
+    def __init__(self, document: Any, results: Sequence[Any]) -> None:
+        self._evaluator = evaluator_of(document, results, separate_eval=True)
+        params = self._evaluator.params
+        params.areaRng, params.areaRngLbl, params.maxDets = [[0, 1e10]], ["all"], [100]
+        self._evaluator.evaluate()
         self.images = tuple(int(image) for image in params.imgIds)
         """Ids of the images, in ascending order."""
-        self._recalls: Floats = np.asarray(params.recThrs)
-        per_category = np.array_split(np.array(evaluator.evalImgs, dtype=object), max(len(params.catIds), 1))
-        self._categories = [_category(list(rows), len(params.iouThrs)) for rows in per_category]
+        # The matches of each category and image, as the library keeps them.
+        self._cells = np.array(self._evaluator._evalImgs_cpp, dtype=object).reshape(-1, len(self.images))
 
     def mean_average_precision(self, counts: Integers | None = None) -> float:
         """COCO's mAP of the set in which image `i` is `counts[i]` times, (I,); None counts each once.
 
         NaN if that set has nothing to find.
         """
-        counts = np.ones(len(self.images), dtype=np.int64) if counts is None else counts
-        found = [_average_precision(category, counts, self._recalls) for category in self._categories]
-        values = [value for value in found if value is not None]
-        # The mean over recalls, thresholds and categories at once, in COCO's order.
-        return float(np.mean(np.stack(values, axis=-1))) if values else float("nan")
+        index = np.repeat(np.arange(len(self.images)), 1 if counts is None else counts)
+        self._evaluator._evalImgs_cpp = self._cells[:, index].ravel().tolist()
+        self._evaluator._paramsEval.imgIds = list(range(len(index)))
+        self._evaluator.accumulate()
+        precision = np.asarray(self._evaluator.eval["precision"])
+        # A category without annotations has the precision -1.
+        return float(precision[precision > -1].mean()) if (precision > -1).any() else float("nan")
 
 
 def draw_images(images: int, resamples: int, seed: int) -> Integers:
@@ -89,63 +69,70 @@ def draw_images(images: int, resamples: int, seed: int) -> Integers:
     return np.asarray(generator.multinomial(images, np.full(images, 1 / images), size=resamples), dtype=np.int64)
 
 
-def mean_average_precisions(matches: Matches, draws: Integers) -> Floats:
-    """mAP of every draw, (resamples,)."""
-    return np.array([matches.mean_average_precision(counts) for counts in draws])
-
-
-def interval_of(differences: Sequence[Floats]) -> tuple[float, float]:
+def interval_of(pairs: Sequence[Floats]) -> tuple[float, float]:
     """The central interval of the mean over pairs of runs of their differences (resamples,), at `CONFIDENCE`."""
-    mean = np.mean(np.stack(differences), axis=0)
+    mean = np.mean(np.stack(pairs), axis=0)
     low, high = np.nanquantile(mean, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return float(low), float(high)
 
 
-def _category(rows: list[dict[str, Any] | None], thresholds: int) -> _Category:
-    """From COCO's records of each image, None where it has neither a detection nor an annotation."""
-    found = [(index, row) for index, row in enumerate(rows) if row is not None]
-    scores = np.concatenate([np.zeros(0), *(np.asarray(row["dtScores"], dtype=float) for _, row in found)])
-    images = np.repeat([index for index, _ in found] or [0], [len(row["dtScores"]) for _, row in found] or [0])
-    # COCO's own order, so that equal scores are counted in the same order as there.
-    order = np.argsort(-scores, kind="mergesort")
-    flags = [
-        np.concatenate([np.zeros((thresholds, 0)), *(row[key] for _, row in found)], axis=1)[:, order].astype(bool)
-        for key in ("dtMatches", "dtIgnore")
-    ]
-    matched, ignored = flags
-    scores, images = scores[order], images[order].astype(np.int64)
-    same = (scores[1:] == scores[:-1]) & (images[1:] == images[:-1])
-    start = np.flatnonzero(np.concatenate([np.ones(min(len(scores), 1), dtype=bool), ~same]))
-    positives = np.zeros(len(rows), dtype=np.int64)
-    for index, row in found:
-        positives[index] = np.count_nonzero(np.asarray(row["gtIgnore"]) == 0)
-    length = np.diff(np.append(start, len(scores)))
-    # Over all areas only what matched a crowd is ignored.
-    return _Category(matched & ~ignored, ~matched, images[start], start, length, positives)
+def differences(
+    specs: Sequence[RunSpec],
+    runs: Sequence[RunRecord],
+    annotations: Annotations,
+    *,
+    baseline: str,
+    resamples: int,
+    bootstrap_seed: int,
+) -> tuple[Difference, ...]:
+    """One for each name of which some runs share seeds with the baseline's and have predictions.
+
+    Args:
+        specs: where the runs lie.
+        runs: their records, in the same order.
+        annotations: of the test images.
+        baseline: name of the runs to compare with.
+        resamples: draws of the images; 0 makes no interval at all.
+        bootstrap_seed: of the draws.
+
+    Raises:
+        ValueError: negative `resamples`; a results file that does not belong to the annotations.
+    """
+    if resamples < 0:
+        raise ValueError(f"resamples={resamples}: expected 0, for none, or more")
+    files = _files_by_seed(specs, runs)
+    if not resamples or baseline not in files:
+        return ()
+    images = len(annotations.file_names)
+    draws = draw_images(images, resamples, bootstrap_seed)
+    known: dict[str, Floats] = {}
+
+    def scores(path: Path) -> Floats:
+        """mAP of the whole set, then of every draw. Files of equal content, as of a converted run, share theirs."""
+        key = sha256_of(path)
+        if key not in known:
+            matches = Matches(annotations.document, annotations.results(path))
+            known[key] = np.array([matches.mean_average_precision(counts) for counts in (None, *draws)])
+        return known[key]
+
+    found = []
+    for name in unique(run.name for run in runs):
+        seeds = [seed for seed in files.get(name, {}) if seed in files[baseline]]
+        if name == baseline or not seeds:
+            continue
+        pairs = [scores(files[name][seed]) - scores(files[baseline][seed]) for seed in seeds]
+        value = float(np.mean([pair[0] for pair in pairs]))
+        low, high = interval_of([pair[1:] for pair in pairs])
+        found.append(Difference(name, value, low, high, CONFIDENCE, len(pairs), images, resamples, bootstrap_seed))
+    return tuple(found)
 
 
-def _average_precision(category: _Category, counts: Integers, recalls: Floats) -> Floats | None:
-    """Precision at each threshold and recall (T, R) of a set of images; None if it has nothing to find."""
-    positives = int(category.positives @ counts)
-    if not positives:
-        return None
-    index = _repeated(category, counts)
-    wrong = np.cumsum(category.wrong[:, index], axis=1, dtype=np.int32)
-    result = np.zeros((len(wrong), len(recalls)))
-    for threshold, right in enumerate(category.right[:, index]):
-        # Recall and the best precision at it change at the right detections alone.
-        places = np.flatnonzero(right)
-        found = np.arange(1, len(places) + 1)
-        precision = found / (found + wrong[threshold, places] + np.spacing(1))
-        precision = np.maximum.accumulate(precision[::-1])[::-1]
-        reached = np.searchsorted(found / positives, recalls, side="left")
-        result[threshold, reached < len(places)] = precision[reached[reached < len(places)]]
-    return result
-
-
-def _repeated(category: _Category, counts: Integers) -> Integers:
-    """Index of the detections, each image's as often as it was drawn: copies of an image stand behind one another."""
-    times = counts[category.image]
-    start, length = np.repeat(category.start, times), np.repeat(category.length, times)
-    before = np.cumsum(length) - length
-    return np.asarray(np.repeat(start - before, length) + np.arange(int(length.sum())), dtype=np.int64)
+def _files_by_seed(specs: Sequence[RunSpec], runs: Sequence[RunRecord]) -> dict[str, dict[int | None, Path]]:
+    """Results files by name and seed. Runs of one name and seed cannot be told apart: none of them is taken."""
+    files: dict[str, dict[int | None, list[Path]]] = {}
+    for spec, run in zip(specs, runs, strict=True):
+        if run.ok and run.precision and (path := spec.predictions_file) is not None:
+            files.setdefault(run.name, {}).setdefault(run.seed, []).append(path)
+    return {
+        name: {seed: paths[0] for seed, paths in by_seed.items() if len(paths) == 1} for name, by_seed in files.items()
+    }

@@ -1,4 +1,4 @@
-"""From work dirs to a report record, and to the pictures that go with it."""
+"""From work dirs to a report record, and to the pictures that go with it. Nothing is measured here."""
 
 from __future__ import annotations
 
@@ -6,21 +6,28 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 from castling_det.config import network_shape
-from castling_det.report.codec import from_jsonable
-from castling_det.report.compare import Annotations, compare
-from castling_det.report.complexity import Complexity
-from castling_det.report.differences import differences
+from castling_det.report.attention_maps import AttentionPicture, read_picture
+from castling_det.report.bootstrap import differences
+from castling_det.report.compare import latency_of, read_benchmark
+from castling_det.report.evaluation import Annotations, Found, match_boxes
 from castling_det.report.gallery import Row, gallery
-from castling_det.report.machine import this_machine
-from castling_det.report.record import Latency, Report, RunRecord
-from castling_det.report.runs import build_run, config_of
-from castling_det.report.spec import RunSpec
-from castling_det.report.speed import Benchmarks
-from castling_det.report.work_dir import read_json
+from castling_det.report.records import (
+    Comparison,
+    ImageComparison,
+    Latency,
+    MaskOccupancy,
+    Report,
+    RunRecord,
+    read_json,
+    this_machine,
+)
+from castling_det.report.runs import RunSpec, build_run, config_of
 
-__all__ = ["build_report", "comparison_pictures", "read_latency"]
+IOU = 0.5
+"""IoU from which on a box is right in the comparison by image."""
 
 
 def build_report(
@@ -39,19 +46,9 @@ def build_report(
 ) -> Report:
     """Reads every run, and compares baseline and deployed image by image on the first seed that both have.
 
-    Args:
-        specs: the runs; those of one name are seeds of one another.
-        baseline: name of the runs that the others are compared with.
-        deployed: name of the runs that are shipped.
-        annotations: ground truth of the images that were tested on.
-        created_by: the command that makes this report.
-        shape: height and width at which multiply-adds are counted from each run's config; None takes what the
-            baseline's test pipeline makes of the data set's most common image size.
-        latency: measured elsewhere, by name of the run.
-        benchmarks: records of tools/benchmark.py; a run without a latency of its own takes it from there.
-        score_threshold: score from which on a box counts in the comparison by image.
-        resamples: draws of the test images for the intervals of differences; 0 makes none.
-        bootstrap_seed: of these draws.
+    The arguments are those of tools/report.py. `shape` (height, width) is where multiply-adds are counted; None takes
+    what the baseline's test pipeline makes of the data set's most common image size. `latency` is measured elsewhere,
+    by name of the run; a run without one takes it from `benchmarks`. With `resamples=0` differences have no interval.
 
     Raises:
         ValueError: `baseline` or `deployed` names no run; a latency of a run that is not there; a file that is not
@@ -59,14 +56,21 @@ def build_report(
     """
     if unknown := sorted(set(latency or {}) - {spec.name for spec in specs}):
         raise ValueError(f"latency: {unknown} are no runs; expected some of {sorted({spec.name for spec in specs})}")
-    counted: dict[str, Complexity] = {}
+    counted: dict[str, Any] = {}
     shape = shape or _tested_shape(specs, baseline, annotations)
-    measured = Benchmarks(benchmarks)
-    runs = tuple(
-        _timed(build_run(spec, annotations=annotations, shape=shape, counted=counted,
-                         latency=(latency or {}).get(spec.name)), spec, measured)
-        for spec in specs
-    )  # fmt: skip
+    measured = {path: read_benchmark(path) for path in benchmarks}
+    runs: list[RunRecord] = []
+    for spec in specs:
+        known = (latency or {}).get(spec.name)
+        run = build_run(spec, annotations=annotations, shape=shape, counted=counted, latency=known)
+        config = config_of(spec) if run.config is not None and run.latency is None else None
+        if config is not None:
+            timed, notes = latency_of(measured, config[1], run.input_shape)
+            run = replace(run, latency=timed, notes=(*run.notes, *notes))
+        if any(other.mask.kept_fraction for other in runs):
+            # Runs of one recipe follow the same schedule: one of them is drawn.
+            run = replace(run, mask=MaskOccupancy(run.mask.empty_from))
+        runs.append(run)
     report = Report(
         baseline=baseline,
         deployed=deployed,
@@ -74,24 +78,25 @@ def build_report(
         created_by=created_by,
         created_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         machine=this_machine(),
-        runs=runs,
-        speed=measured.speeds(),
+        runs=tuple(runs),
+        benchmarks=tuple(measured.values()),
     )
     # After the report has said whether the names are those of runs: this takes its time.
     between = differences(
         specs, runs, annotations, baseline=baseline, resamples=resamples, bootstrap_seed=bootstrap_seed
     )
     report = replace(report, differences=between)
-    pair = _pair(specs, runs, baseline, deployed)
+    pair = _pair(specs, report)
     if pair is None:
         return report
-    comparison = compare(
-        annotations,
-        *(annotations.detections(path) for _, path in pair),
-        names=(baseline, deployed),
-        seed=pair[0][0].seed,
-        score_threshold=score_threshold,
-    )
+    found = _matched(annotations, pair[1:], score_threshold)
+    images = [
+        ImageComparison(image, name, *(boxes.get(image, Found()).counts for boxes in found))
+        for image, name in annotations.file_names.items()
+    ]
+    # Largest differences first; of equal ones, images on which the deployed detector is worse.
+    images.sort(key=lambda image: (-abs(image.f1_difference), image.f1_difference, image.file_name))
+    comparison = Comparison(baseline, deployed, pair[0], score_threshold, IOU, tuple(images))
     return replace(report, comparison=comparison)
 
 
@@ -103,11 +108,11 @@ def comparison_pictures(
     Raises:
         ValueError: an image file that is missing or cannot be decoded; names it.
     """
-    pair = _pair(specs, report.runs, report.baseline, report.deployed)
+    pair = _pair(specs, report)
     if report.comparison is None or pair is None:
         return []
-    baseline, deployed = (annotations.detections(path) for _, path in pair)
-    return gallery(report.comparison, annotations, images, baseline, deployed, count=count)
+    found = _matched(annotations, pair[1:], report.comparison.score_threshold)
+    return gallery(report.comparison, annotations, images, found, count)
 
 
 def read_latency(path: Path) -> dict[str, Latency]:
@@ -118,15 +123,23 @@ def read_latency(path: Path) -> dict[str, Latency]:
     Raises:
         ValueError: not of that form; names the file and the field.
     """
-    document = read_json(path)
-    rows = document.get("latency") if isinstance(document, dict) else None
-    if not isinstance(rows, dict):
-        raise ValueError(f'{path}: expected {{"latency": {{NAME: {{"p50_ms": ..., "threads": ..., ...}}}}}}')
-    latencies = {}
-    for name, row in rows.items():
-        whole = {"peak_mib": None, **row, "source": str(path)} if isinstance(row, dict) else row
-        latencies[name] = from_jsonable(Latency, whole, where=f"{path}: {name}")
-    return latencies
+    form = '{"latency": {NAME: {"p50_ms": ..., "threads": ..., "device": ..., "input_shape": [H, W]}}}'
+    rows = read_json(path, dict[str, dict[str, Latency]], form).get("latency")
+    if rows is None:
+        raise ValueError(f"{path}: expected {form}")
+    return {name: replace(row, source=str(path)) for name, row in rows.items()}
+
+
+def read_attention(path: Path) -> list[AttentionPicture]:
+    """The picture in a PNG of tools/attention.py, or those of all PNGs in a folder, by name.
+
+    Raises:
+        ValueError: no such file, no PNG in the folder, or a PNG that tools/attention.py did not write.
+    """
+    files = sorted(path.glob("*.png")) if path.is_dir() else [path]
+    if not path.exists() or not files:
+        raise ValueError(f"--attention {path}: no such file, or no .png in the folder; tools/attention.py writes them")
+    return [read_picture(file) for file in files]
 
 
 def _tested_shape(specs: Sequence[RunSpec], baseline: str, annotations: Annotations) -> tuple[int, int] | None:
@@ -140,26 +153,25 @@ def _tested_shape(specs: Sequence[RunSpec], baseline: str, annotations: Annotati
     return None
 
 
-def _timed(run: RunRecord, spec: RunSpec, benchmarks: Benchmarks) -> RunRecord:
-    """With the latency that a benchmark of the same detector gives, if the run has none."""
-    found = config_of(spec) if run.config is not None and run.latency is None else None
-    if found is None:
-        return run
-    latency, notes = benchmarks.latency(found[1], run.input_shape)
-    return replace(run, latency=latency, notes=(*run.notes, *notes))
-
-
-def _pair(
-    specs: Sequence[RunSpec], runs: Sequence[RunRecord], baseline: str, deployed: str
-) -> tuple[tuple[RunRecord, Path], tuple[RunRecord, Path]] | None:
-    """The first baseline run that is ok, and the deployed one of the same seed, with the predictions of both."""
+def _pair(specs: Sequence[RunSpec], report: Report) -> tuple[int | None, Path, Path] | None:
+    """The first seed of which baseline and deployed are ok and have predictions, and their results files."""
     usable = [
-        (run, path)
-        for spec, run in zip(specs, runs, strict=True)
+        (run.name, run.seed, path)
+        for spec, run in zip(specs, report.runs, strict=True)
         if run.ok and run.precision and (path := spec.predictions_file) is not None
     ]
-    for left in usable:
-        for right in usable:
-            if left[0].name == baseline and right[0].name == deployed and left[0].seed == right[0].seed:
-                return left, right
-    return None
+    pairs = (
+        (seed, theirs, ours)
+        for name, seed, theirs in usable if name == report.baseline
+        for other, same_seed, ours in usable if other == report.deployed and same_seed == seed
+    )  # fmt: skip
+    return next(pairs, None)
+
+
+def _matched(
+    annotations: Annotations, files: Sequence[Path], score: float
+) -> tuple[dict[int, Found], dict[int, Found]]:
+    baseline, deployed = (
+        match_boxes(annotations.document, annotations.results(path), score=score, iou=IOU) for path in files
+    )
+    return baseline, deployed

@@ -1,129 +1,183 @@
-"""Ground truth and detections of a data set in COCO's format, and the comparison of two detectors image by image."""
+"""How runs compare: spreads over seeds, differences from the baseline, latencies in benchmarks."""
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Mapping
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from castling_det.config import attention_of, load_config
+from castling_det.report.records import (
+    Benchmark,
+    BenchmarkRow,
+    Latency,
+    Report,
+    RunRecord,
+    read_document,
+)
 
-from castling_det.report.matching import Boxes, match
-from castling_det.report.record import Comparison, ImageComparison
-from castling_det.report.work_dir import read_json
+Number = Callable[[RunRecord], float | None]
 
-__all__ = ["Annotations", "compare"]
+# What a run's config and the benchmark's may differ in without being another network in prediction.
+_INDIFFERENT = frozenset({
+    "attention", "threshold", "threshold_unit", "eval_aux", "init_cfg", "train_cfg", "test_cfg", "data_preprocessor",
+    "drop_path_rate",
+})  # fmt: skip
 
-_MAX_DETECTIONS = 100
-"""COCO's limit of detections an image."""
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean, sample standard deviation (None for a single value), smallest and largest of `count` values."""
+
+    mean: float
+    std: float | None
+    low: float
+    high: float
+    count: int
+
+    def text(self, *, sign: str = "") -> str:
+        """`0.312`, or `0.312 ± 0.008` over several; `sign="+"` writes it always."""
+        return f"{self.mean:{sign}.3f}" + (f" ± {self.std:.3f}" if self.std is not None else "")
 
 
-class Annotations:
-    """A COCO annotation file.
+@dataclass(frozen=True)
+class Summary:
+    """The runs of one name, and what they give together; differences are minus the baseline's, paired by seed.
 
-    Args:
-        path: the JSON file.
-        description: what to call the data set in a report; None takes the file's name and counts.
+    `first` is the first run that is ok, else the first: what does not depend on the seed is read from it. `seeds` is
+    the number of runs that are ok.
+    """
+
+    name: str
+    runs: tuple[RunRecord, ...]
+    first: RunRecord
+    seeds: int
+    metrics: dict[str, Spread]
+    difference: Spread | None
+    loss: Spread | None
+    loss_difference: Spread | None
+
+
+def summaries(report: Report) -> list[Summary]:
+    """One summary a name, in the report's order."""
+    baseline = [run for run in report.runs_named(report.baseline) if run.ok]
+    result = []
+    for name in report.names:
+        runs = report.runs_named(name)
+        good = [run for run in runs if run.ok]
+        metrics = {key: spread_of(run.metrics.get(key) for run in good) for run in good for key in run.metrics}
+        others = [] if name == report.baseline else good
+        result.append(
+            Summary(
+                name,
+                runs,
+                first=good[0] if good else runs[0],
+                seeds=len(good),
+                metrics={key: spread for key, spread in metrics.items() if spread is not None},
+                difference=paired_difference(others, baseline, lambda run: run.metrics.get("mAP")),
+                loss=spread_of(run.final_loss for run in good),
+                loss_difference=paired_difference(others, baseline, lambda run: run.final_loss),
+            )
+        )
+    return result
+
+
+def spread_of(values: Iterable[float | None]) -> Spread | None:
+    """None if a value is missing: a mean of the others would hide that."""
+    found = list(values)
+    numbers = [value for value in found if value is not None]
+    if not numbers or len(numbers) < len(found):
+        return None
+    std = statistics.stdev(numbers) if len(numbers) > 1 else None
+    return Spread(statistics.mean(numbers), std, min(numbers), max(numbers), len(numbers))
+
+
+def paired_difference(runs: Sequence[RunRecord], baseline: Sequence[RunRecord], value: Number) -> Spread | None:
+    """Seed by seed over the seeds that both have; where seeds cannot be paired, of the means, without a spread."""
+    ours, theirs = ({run.seed: value(run) for run in group} for group in (runs, baseline))
+    common = [seed for seed in ours if seed in theirs]
+    if common and len(ours) == len(runs) and len(theirs) == len(baseline):
+        pairs = [(ours[seed], theirs[seed]) for seed in common]
+        return spread_of(None if left is None or right is None else left - right for left, right in pairs)
+    left_mean, right_mean = (spread_of(map(value, group)) for group in (runs, baseline))
+    return spread_of([left_mean.mean - right_mean.mean]) if left_mean and right_mean else None
+
+
+def read_benchmark(path: Path) -> Benchmark:
+    """A benchmark with those of its rows that were measured to the end with green parity.
 
     Raises:
-        ValueError: not a COCO annotation file; names the field.
+        ValueError: not such a record; names the file and the fix.
     """
+    fix = "measure again with tools/benchmark.py --out DIR"
+    found = read_document(path, Benchmark, schema="castling_det.benchmark/1", field="benchmark", fix=fix)
+    return replace(found, rows=tuple(row for row in found.rows if row.status == "ok" and row.timing and row.parity_ok))
 
-    def __init__(self, path: Path, *, description: str | None = None) -> None:
-        document = read_json(path)
-        missing = [key for key in ("images", "annotations", "categories") if key not in document]
-        if missing:
-            raise ValueError(f"{path}: no {', '.join(missing)}; expected a COCO annotation file")
-        self.path = path
-        self.document: dict[str, Any] = document
-        """The file's content, not to be changed."""
-        self.file_names: dict[int, str] = {int(image["id"]): str(image["file_name"]) for image in document["images"]}
-        shapes = Counter(
-            (int(i["height"]), int(i["width"])) for i in document["images"] if "height" in i and "width" in i
-        )
-        self.image_shape = shapes.most_common(1)[0][0] if shapes else None
-        """Height and width that most images have, in pixels; None if the file does not say."""
-        self.categories: dict[int, str] = {int(item["id"]): str(item["name"]) for item in document["categories"]}
-        self._truth = _by_image(document["annotations"])
-        boxes = sum(not annotation.get("iscrowd", 0) for annotation in document["annotations"])
-        self.description = description or f"{path}: {len(self.file_names)} images, {boxes} boxes"
 
-    def truth(self, image_id: int) -> Boxes:
-        """The annotated boxes of an image."""
-        return _boxes(self._truth.get(image_id, []))
+def crossover(rows: Sequence[BenchmarkRow]) -> tuple[float | None, str]:
+    """The number of tokens from which on softmax is slower than linear attention, and a text that says so.
 
-    def results(self, path: Path) -> list[dict[str, Any]]:
-        """The boxes of a COCO results file.
-
-        Raises:
-            ValueError: not a results file, or it has images or categories that are not in the annotations.
-        """
-        document = read_json(path)
-        fields = ("image_id", "category_id", "bbox", "score")
-        rows: list[dict[str, Any]] = document if isinstance(document, list) else [{}]
-        if not all(isinstance(row, dict) and all(field in row for field in fields) for row in rows):
-            raise ValueError(f"{path}: expected a COCO results file, a list of boxes with {', '.join(fields)}")
-        for field, known in (("image_id", self.file_names), ("category_id", self.categories)):
-            unknown = sorted({int(row[field]) for row in rows} - set(known))
-            if unknown:
-                kind = field.removesuffix("_id")
-                raise ValueError(
-                    f"{path}: {kind} ids {unknown[:5]} are not in {self.path}; give the annotation file that was "
-                    "tested on"
-                )
-        return rows
-
-    def detections(self, path: Path) -> dict[int, Boxes]:
-        """The boxes of a COCO results file by image, the 100 best of each, best first.
-
-        Raises:
-            ValueError: see `results`.
-        """
-        return {
-            image_id: _boxes(sorted(rows, key=lambda row: -float(row["score"]))[:_MAX_DETECTIONS])
-            for image_id, rows in _by_image(self.results(path)).items()
+    It is slower at every larger size measured; between two sizes, latencies are straight lines in the logarithms.
+    """
+    softmax, linear = (
+        {
+            (row.tokens, row.height, row.width): row.timing.p50_ms
+            for row in rows
+            if row.variant == variant and row.timing
         }
-
-
-def compare(
-    annotations: Annotations,
-    baseline: Mapping[int, Boxes],
-    deployed: Mapping[int, Boxes],
-    *,
-    names: tuple[str, str],
-    seed: int | None,
-    score_threshold: float = 0.3,
-    iou: float = 0.5,
-) -> Comparison:
-    """Counts right, wrong and missed boxes of both on every image, and sorts by the difference in F1, largest first.
-
-    Of equal differences, those by which the deployed one is worse stand first.
-    """
-    images = []
-    for image_id, file_name in annotations.file_names.items():
-        truth = annotations.truth(image_id)
-        counts = [
-            match(detections.get(image_id, _boxes([])).at_least(score_threshold), truth, iou=iou).counts
-            for detections in (baseline, deployed)
-        ]
-        images.append(ImageComparison(image_id, file_name, *counts))
-    images.sort(key=lambda image: (-abs(image.f1_difference), image.f1_difference, image.file_name))
-    return Comparison(*names, seed=seed, score_threshold=score_threshold, iou=iou, images=tuple(images))
-
-
-def _by_image(rows: list[dict[str, Any]]) -> dict[int, list[dict[str, Any]]]:
-    grouped: dict[int, list[dict[str, Any]]] = defaultdict(list)
-    for row in rows:
-        grouped[int(row["image_id"])].append(row)
-    return grouped
-
-
-def _boxes(rows: list[dict[str, Any]]) -> Boxes:
-    xywh = np.array([row["bbox"] for row in rows], dtype=np.float64).reshape(-1, 4)
-    return Boxes(
-        xyxy=np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1),
-        labels=np.array([row["category_id"] for row in rows], dtype=np.int64),
-        scores=np.array([row.get("score", 1.0) for row in rows], dtype=np.float64),
-        crowd=np.array([bool(row.get("iscrowd", 0)) for row in rows], dtype=bool),
+        for variant in ("softmax", "linear")
     )
+    slower = [(size[0], math.log(softmax[size] / linear[size])) for size in sorted(softmax.keys() & linear.keys())]
+    last_faster = max((index for index, (_, ratio) in enumerate(slower) if ratio <= 0), default=-1)
+    if not slower:
+        return None, "no crossover: no size with both softmax and linear"
+    if last_faster == -1:
+        return None, f"no crossover in range: softmax is slower from N = {slower[0][0]}, the smallest size"
+    if last_faster == len(slower) - 1:
+        return None, f"no crossover in range: softmax is not slower at N = {slower[-1][0]}"
+    (below, low), (above, high) = slower[last_faster : last_faster + 2]
+    tokens = below * (above / below) ** (-low / (high - low))
+    return tokens, f"softmax is slower than linear from about N = {tokens:.0f} tokens"
+
+
+def latency_of(
+    benchmarks: Mapping[Path, Benchmark], config: Any, shape: tuple[int, int] | None
+) -> tuple[Latency | None, list[str]]:
+    """Latency of one image of the detector of `config`, and notes on benchmarks of another detector.
+
+    Of the sizes measured it is the one nearest to `shape` (height, width) in area, or the largest. Hybrids are timed as
+    what is deployed.
+    """
+    variant = {"softmax": "softmax", "linear": "linear", "castling": "linear"}.get(str(attention_of(config)))
+    wanted, notes = ("detector", "forward", 1, variant), []
+    for path, benchmark in benchmarks.items():
+        rows = [row for row in benchmark.rows if (row.level, row.passes, row.batch, row.variant) == wanted]
+        if not rows:
+            continue
+        name = (benchmark.detector or "").replace("*", str(variant))
+        try:
+            same = _network(load_config(name).model) == _network(config.model)
+            problem = f"its detector {name} is another one; measure this run's with --config-prefix and --config-suffix"
+        except ValueError as error:
+            same, problem = False, str(error)
+        if not same:
+            notes.append(f"no latency from {path}: {problem}")
+            continue
+        area = shape[0] * shape[1] if shape is not None else max(row.height * row.width for row in rows)
+        row = min(rows, key=lambda row: abs(row.height * row.width - area))
+        assert row.timing is not None
+        machine, source = benchmark.machine, f"{path}, variant {row.variant}, {row.dtype}"
+        size = (row.height, row.width)
+        return Latency(row.timing.p50_ms, machine.threads, machine.device, size, row.peak_mib, source), []
+    return None, notes
+
+
+def _network(value: Any) -> Any:
+    """The model section without what makes no difference in prediction."""
+    if isinstance(value, Mapping):
+        kept = (key for key in value if key not in _INDIFFERENT and not str(key).startswith("loss"))
+        return {key: _network(value[key]) for key in kept}
+    return [_network(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -1,136 +1,175 @@
-"""Parameters and multiply-adds (MACs) of a detector at an input shape. No data set, no weights, no measurement.
-
-One forward in eval mode tells the shapes; the numbers are closed forms of them (`closed_forms`). Two guards stand
-beside them. An independent count of the matrix products and convolutions that PyTorch ran: products that no closed
-form covers, such as those of an attention of an unknown type, are an error that names the module. And a watch on the
-operators: one that multiplies and that no count knows (`operators`) is an error too, never a zero.
-"""
+"""Parameters and multiply-adds (MACs) of a detector at an input shape. Needs no data set and no weights."""
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from castling_det.report.closed_forms import closed_form, uncounted
-from castling_det.report.operators import Watch
+import castling_det.ops  # noqa: F401  # registers the operators that _FORMULAS names
 
-__all__ = ["KINDS", "Complexity", "ModuleMacs", "count_macs", "detector_complexity"]
+__all__ = ["Complexity", "Macs", "count_macs", "detector_complexity"]
 
-SCHEMA = "castling_det.complexity/2"
-"""Name and version of the JSON form. A change of any field, or of what a kind means, raises the version."""
+_UNCOUNTED = frozenset({
+    "dot", "vdot", "mv", "addmv", "addmv_", "addbmm", "addr", "_trilinear", "_euclidean_dist", "_cdist_forward",
+    "grid_sampler_3d", "_int_mm", "_fft_r2c", "_fft_c2r", "_fft_c2c", "mkldnn_rnn_layer", "lstm", "gru", "_cudnn_rnn",
+    "_thnn_fused_lstm_cell", "_thnn_fused_gru_cell", "linalg_inv_ex", "linalg_solve_triangular", "linalg_cholesky_ex",
+    "linalg_lu_factor_ex", "_linalg_svd", "_linalg_eigh", "_linalg_solve_ex",
+})  # fmt: skip
+"""Operators of torch that multiply and add, and that have no formula."""
 
-KINDS = {
-    "attention_scores": "q k^T of softmax attention, k^T v of linear attention",
-    "attention_values": "p v of softmax attention, q (k^T v) of linear attention, sampling of deformable attention",
-    "projections": "linear layers of an attention: queries, keys, values, offsets, weights, output",
-    "mlp": "linear layers of a transformer's feed-forward network",
-    "conv": "convolutions outside of heads",
-    "head": "convolutions and linear layers of `*_head` parts that are in no attention",
-    "local_conv": "the depthwise convolution beside attention",
-    "linear": "linear layers elsewhere",
+_FREE = {"torchvision.roi_align", "torchvision.roi_pool", "torchvision.nms"}
+"""Other libraries' operators without sums of products. All others of theirs are taken to have some."""
+
+
+def _attention(q: Sequence[int], k: Sequence[int], v: Sequence[int], *_: Any, **__: Any) -> int:
+    """q k^T and p v of shapes (B, H, M, K), (B, H, N, K) and (B, H, N, V); torch counts 2 a multiply-add."""
+    return 2 * math.prod(q[:3]) * k[2] * (q[3] + v[3])
+
+
+def _bilinear(*_: Any, out_shape: Sequence[int], **__: Any) -> int:
+    """Each sampled value is a weighted sum of four neighbours."""
+    return 2 * 4 * math.prod(out_shape)
+
+
+_FORMULAS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.castling_det.masked_softmax: _attention,
+    torch.ops.aten.grid_sampler_2d: _bilinear,
 }
-"""What the multiply-adds of a detector are told apart by."""
+"""For operators that torch's counter would take as free."""
 
 
 @dataclass(frozen=True)
-class ModuleMacs:
-    """One module: its own parameters and the multiply-adds of all its calls, by kind.
+class Macs:
+    """Multiply-adds of one forward, by the module that ran them (children apart) and by kind.
 
-    `part` is the first component of `name`: `backbone`, `neck`, `bbox_head`.
+    Kinds: `attention` (products of queries, keys and values), and in an attention `projections` (its linear layers) and
+    `local_conv` (its convolutions); `mlp`; `head` (layers of a `*_head`); `conv` and `linear` for all others.
     """
 
-    name: str
-    type: str
-    part: str
-    params: int
-    calls: int
-    macs: dict[str, int]
+    modules: dict[str, dict[str, int]]
+    uncounted: tuple[str, ...]
+    """Operators that multiply and add, and that have no formula, each with its module."""
+
+    @property
+    def macs(self) -> int:
+        """All of them."""
+        return sum(self.macs_by_kind.values())
+
+    @property
+    def macs_by_kind(self) -> dict[str, int]:
+        """Summed over the modules."""
+        return dict(sum((Counter(kinds) for kinds in self.modules.values()), Counter[str]()))
+
+    @property
+    def macs_by_part(self) -> dict[str, int]:
+        """Summed by the first component of the modules' names, such as `backbone`."""
+        parts: Counter[str] = Counter()
+        for name, kinds in self.modules.items():
+            parts[name.split(".")[0]] += sum(kinds.values())
+        return dict(parts)
 
 
 @dataclass(frozen=True)
-class Complexity:
-    """A detector on one image of `input_shape` (height, width) in pixels, padded to `padded_shape` as its config says.
-
-    `params` is a number of parameters, `macs` one of multiply-adds, `gmacs` 10^9 of them. Kinds are `KINDS`.
-    """
+class Complexity(Macs):
+    """A detector on one image of `input_shape` (height, width) pixels, padded to `padded_shape` as its config says."""
 
     config: str
     input_shape: tuple[int, int]
     padded_shape: tuple[int, int]
     params: int
-    macs: int
-    gmacs: float
-    macs_by_kind: dict[str, int]
-    macs_by_part: dict[str, int]
     params_by_part: dict[str, int]
-    modules: tuple[ModuleMacs, ...]
+
+    @property
+    def gmacs(self) -> float:
+        """10^9 multiply-adds."""
+        return self.macs / 1e9
 
 
-def count_macs(model: nn.Module, *inputs: Any, **keywords: Any) -> tuple[ModuleMacs, ...]:
-    """Multiply-adds of `model(*inputs, **keywords)` in eval mode, a record for each module that has any.
+class _ByModule(TorchDispatchMode):
+    """Asks torch's counter before and after each operator, and adds the difference to the innermost running module."""
 
-    Raises:
-        ValueError: a module without a closed form, or products outside of every closed form; names them all.
-    """
-    counted: dict[str, Counter[str]] = defaultdict(Counter)
-    calls: Counter[str] = Counter()
-    problems: dict[str, str] = {}
-    names = {module: name for name, module in model.named_modules()}
-    whole = {name for module, name in names.items() if closed_form(module) is not None}
+    def __init__(self, model: nn.Module, counter: FlopCounterMode) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.counter = counter
+        self.names = {module: name for name, module in model.named_modules()}
+        self.running = [model]
+        self.macs: dict[str, Counter[str]] = defaultdict(Counter)
+        self.uncounted: dict[str, None] = {}  # a set that keeps its order
 
-    def hook(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
-        name = names[module]
-        if any(parent in whole for parent in _parents(name)):
-            return
-        form = closed_form(module)
-        if form is not None:
-            calls[name] += 1
-            for kind, macs in form(module, (arguments, keywords, output)).items():
-                counted[name][_kind(name, kind)] += macs
-        elif (problem := uncounted(module)) is not None:
-            problems[name] = problem
+    def enter(self, module: nn.Module, _: Any) -> None:
+        self.running.append(module)
 
-    handles = [module.register_forward_hook(hook, with_kwargs=True) for module in names]
-    attention = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
-    mapping = {attention: _fused_attention_flops} if attention is not None else {}
-    watch = Watch(names, whole)
+    def leave(self, *_: Any) -> None:
+        self.running.pop()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = self.counter.get_total_flops()
+        result = func(*args, **(kwargs or {}))
+        macs = (self.counter.get_total_flops() - before) // 2
+        name, operator = self.names[self.running[-1]], func.overloadpacket.__name__
+        if macs:
+            self.macs[name][self._kind(name, operator)] += macs
+        elif self._may_multiply(func.namespace, operator):
+            self.uncounted[f"{func.namespace}.{operator} in {name or 'the model'}"] = None
+        return result
+
+    @staticmethod
+    def _may_multiply(namespace: str, operator: str) -> bool:
+        if namespace in ("aten", "prim", "prims", "profiler"):
+            return operator in _UNCOUNTED
+        return f"{namespace}.{operator}" not in _FREE
+
+    def _kind(self, name: str, operator: str) -> str:
+        components, innermost = name.split("."), self.running[-1]
+        if any("Attention" in type(module).__name__ for module in self.running):
+            if operator == "convolution":
+                return "local_conv"
+            # nn.MultiheadAttention runs its projections itself, all other attentions in layers of their own.
+            projects = isinstance(innermost, nn.MultiheadAttention) and operator in ("mm", "addmm")
+            return "projections" if projects or isinstance(innermost, nn.Linear) else "attention"
+        if components[0].endswith("_head"):
+            return "head"
+        if operator == "convolution":
+            return "conv"
+        return "mlp" if {"mlp", "ffn", "ffns"} & set(components) else "linear"
+
+
+def count_macs(model: nn.Module, *inputs: Any, **keywords: Any) -> Macs:
+    """Multiply-adds of `model(*inputs, **keywords)` in eval mode. The mode of each module is as before afterwards."""
+    training = {module: module.training for module in model.modules()}
+    fast = torch.backends.mha.get_fastpath_enabled()
+    counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
+    by_module = _ByModule(model, counter)
+    handles = [module.register_forward_pre_hook(by_module.enter) for module in training]
+    handles += [module.register_forward_hook(by_module.leave) for module in training]
+    torch.backends.mha.set_fastpath_enabled(False)  # one fused operator, in which nothing can be counted
     try:
-        with (
-            _evaluated(model),
-            torch.no_grad(),
-            watch.modules_tracked(),
-            FlopCounterMode(display=False, custom_mapping=mapping) as flops,
-            watch,
-        ):
-            model(*inputs, **keywords)
+        with torch.no_grad(), counter, by_module:
+            model.eval()(*inputs, **keywords)
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
         for handle in handles:
             handle.remove()
-    for name, operators in watch.problems.items():
-        problems.setdefault(name, f"the operators {', '.join(sorted(operators))}")
-    if problems:
-        listed = "; ".join(f"{name or '(the model)'}: {problem}" for name, problem in problems.items())
-        raise ValueError(
-            f"no closed form for {listed}. Register one with "
-            "castling_det.report.closed_forms.register_closed_form; a zero in its place would be wrong"
-        )
-    _check_against_trace(type(model).__name__, counted, flops.get_flop_counts(), whole)
-    modules = dict(model.named_modules())
-    return tuple(_record(name, modules[name], calls[name], dict(macs)) for name, macs in counted.items())
+        for module, was in training.items():
+            module.training = was
+    return Macs({name: dict(kinds) for name, kinds in by_module.macs.items()}, tuple(by_module.uncounted))
 
 
 def detector_complexity(config: Any, shape: tuple[int, int], *, name: str = "") -> Complexity:
     """Parameters and multiply-adds of the detector of a config: backbone, neck and the head's forward, one image.
 
-    Boxes are not decoded and non-maximum suppression is not run. RoI heads count the proposals of a random image.
+    Boxes are not decoded and suppressed. RoI heads count the proposals for a fixed random image and fixed random
+    weights.
 
     Args:
         config: an mmengine `Config` with `model`; weights are not loaded.
@@ -138,7 +177,7 @@ def detector_complexity(config: Any, shape: tuple[int, int], *, name: str = "") 
         name: name of the config in the record.
 
     Raises:
-        ValueError: see `count_macs`; a model that cannot be built; a shape that it fails on.
+        ValueError: a model that cannot be built, or a shape that it fails on.
     """
     from mmdet.registry import MODELS
     from mmdet.structures import DetDataSample
@@ -148,104 +187,21 @@ def detector_complexity(config: Any, shape: tuple[int, int], *, name: str = "") 
     if min(shape) < 1:
         raise ValueError(f"shape={shape}: expected a height and a width of at least 1 pixel")
     init_default_scope(config.get("default_scope", "mmdet"))
-    try:
-        model = revert_sync_batchnorm(MODELS.build(config.model))
-    except Exception as error:  # Any class of any package builds here.
-        raise ValueError(f"model of {name or 'the config'}: cannot be built: {error}") from error
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        try:  # DINO changes the config that it is built from.
+            model = revert_sync_batchnorm(MODELS.build(copy.deepcopy(config.model)))
+        except Exception as error:  # Any class of any package builds here.
+            raise ValueError(f"model of {name or 'the config'}: cannot be built: {error}") from error
     divisor = getattr(model.data_preprocessor, "pad_size_divisor", 1)
     padded = (math.ceil(shape[0] / divisor) * divisor, math.ceil(shape[1] / divisor) * divisor)
     size = {"img_shape": shape, "ori_shape": shape, "pad_shape": padded, "batch_input_shape": padded}
     sample = DetDataSample(metainfo={**size, "scale_factor": (1.0, 1.0), "img_id": 0})
     image = torch.randn((1, 3, *padded), generator=torch.Generator().manual_seed(0))
     try:
-        modules = count_macs(model, image, [sample], mode="tensor")
+        macs = count_macs(model, image, [sample], mode="tensor")
     except RuntimeError as error:
         raise ValueError(f"shape={shape}: the detector fails on such an image: {error}; try a larger shape") from error
-    by_kind: Counter[str] = Counter()
-    by_part: Counter[str] = Counter()
-    for module in modules:
-        by_kind.update(module.macs)
-        by_part[module.part] += sum(module.macs.values())
-    total = sum(by_kind.values())
     parts = {part: sum(p.numel() for p in child.parameters()) for part, child in model.named_children()}
-    return Complexity(
-        config=name,
-        input_shape=shape,
-        padded_shape=padded,
-        params=sum(parameter.numel() for parameter in model.parameters()),
-        macs=total,
-        gmacs=total / 1e9,
-        macs_by_kind=dict(by_kind),
-        macs_by_part=dict(by_part),
-        params_by_part={part: count for part, count in parts.items() if count},
-        modules=modules,
-    )
-
-
-def _record(name: str, module: nn.Module, calls: int, macs: dict[str, int]) -> ModuleMacs:
-    params = sum(parameter.numel() for parameter in module.parameters())
-    return ModuleMacs(name, type(module).__name__, name.split(".")[0], params, calls, macs)
-
-
-def _kind(name: str, kind: str) -> str:
-    """A layer is told by where it stands: in a head; a linear one in an MLP, in an attention, or elsewhere."""
-    components = name.split(".")
-    if kind in ("conv", "linear") and components[0].endswith("_head"):
-        return "head"
-    if kind != "linear":
-        return kind
-    if {"mlp", "ffn", "ffns"} & set(components):
-        return "mlp"
-    return "projections" if any("attn" in component for component in components) else "linear"
-
-
-def _parents(name: str) -> Iterator[str]:
-    """The dotted names above `name`, the model itself (an empty name) last."""
-    while name:
-        name = name.rpartition(".")[0]
-        yield name
-
-
-def _check_against_trace(
-    root: str, counted: dict[str, Counter[str]], traced_flops: dict[str, dict[Any, int]], whole: set[str]
-) -> None:
-    """Raises if PyTorch ran more multiply-adds (2 flops each) than the closed forms say; names the inner modules."""
-    closed: Counter[str] = Counter()
-    for name, macs in counted.items():
-        for above in {name, *_parents(name)}:
-            closed[above] += sum(macs.values())
-    traced = {
-        name.removeprefix(root).removeprefix("."): sum(ops.values()) // 2
-        for name, ops in traced_flops.items()
-        if name != "Global"
-    }
-    if traced.get("", 0) <= closed[""]:
-        return
-    more = {
-        name: macs - closed[name]
-        for name, macs in traced.items()
-        if macs > closed[name] and not any(above in whole for above in _parents(name))
-    }
-    inner = [name for name in more if not any(other != name and name in _parents(other) for other in more)]
-    listed = ", ".join(f"{name or '(the model)'} ({more[name]} macs)" for name in sorted(inner))
-    raise ValueError(
-        f"matrix products that no closed form covers, in {listed}. Register one with "
-        "castling_det.report.closed_forms.register_closed_form"
-    )
-
-
-def _fused_attention_flops(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], *_: Any, **__: Any) -> int:
-    """Two flops a multiply-add of q k^T and p v, shapes (B, H, N, K): torch's counter leaves the CPU's kernel out."""
-    return 2 * math.prod(q[:3]) * k[2] * (q[3] + v[3])
-
-
-@contextmanager
-def _evaluated(model: nn.Module) -> Iterator[None]:
-    """`model` in eval mode, each module as it was afterwards."""
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, was in training.items():
-            module.training = was
+    params = sum(parameter.numel() for parameter in model.parameters())
+    return Complexity(macs.modules, macs.uncounted, name, shape, padded, params, {k: n for k, n in parts.items() if n})

@@ -1,35 +1,134 @@
-"""COCO's box evaluation of a results file: average precisions, and precision over recall by category.
-
-Through faster-coco-eval where it is installed, else through pycocotools. Both give the same figures.
-"""
+"""COCO's evaluation of boxes by faster-coco-eval: average precisions, precision over recall, which boxes are right."""
 
 from __future__ import annotations
 
-import io
-from contextlib import redirect_stdout
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import version
-from importlib.util import find_spec
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any, TypedDict
 
+import msgspec
 import numpy as np
 
-from castling_det.report.record import METRICS
+from castling_det.report.records import METRICS, Counts, read_json
 
-__all__ = ["BACKENDS", "Evaluation", "evaluate_boxes", "evaluator_of", "load_truth"]
+Id = Annotated[int, msgspec.Meta(ge=-(2**62), le=2**62)]
+Pixels = Annotated[float, msgspec.Meta(ge=-1e12, le=1e12)]
+Box = tuple[Pixels, Pixels, Pixels, Pixels]
+"""x, y, width, height, as in COCO's files."""
 
-BACKENDS = ("faster-coco-eval", "pycocotools")
-"""In the order of preference."""
 
-_IOU50 = 0
+class Image(TypedDict):
+    """The keys that every image of an annotation file must have."""
+
+    id: Id
+    file_name: str
+
+
+class SizedImage(Image, total=False):
+    """And those that it may have; all others are left out."""
+
+    height: float | None
+    width: float | None
+
+
+class Result(TypedDict):
+    """One box of a COCO results file."""
+
+    image_id: Id
+    category_id: Id
+    bbox: Box
+    score: float
+
+
+class Annotation(TypedDict):
+    """The keys that every annotation must have."""
+
+    image_id: Id
+    category_id: Id
+    bbox: Box
+
+
+class SizedAnnotation(Annotation, total=False):
+    """Without `area`, that of the box counts. Boxes with `iscrowd` are neither found nor missed."""
+
+    area: Pixels | None
+    iscrowd: int | bool | None
+
+
+class Category(TypedDict):
+    """One category."""
+
+    id: Id
+    name: str
+
+
+class Document(TypedDict):
+    """COCO annotations."""
+
+    images: list[SizedImage]
+    annotations: list[SizedAnnotation]
+    categories: list[Category]
+
+
+class Annotations:
+    """A COCO annotation file.
+
+    Args:
+        path: the JSON file.
+        description: what to call the data set in a report; None takes the file's name and counts.
+
+    Raises:
+        ValueError: not a COCO annotation file; names the field.
+    """
+
+    def __init__(self, path: Path, *, description: str | None = None) -> None:
+        self.path = path
+        self.document = read_json(path, Document, "a COCO annotation file")
+        """The file's content, not to be changed."""
+        images, boxes = self.document["images"], self.document["annotations"]
+        ids = {
+            "image_id": Counter(row["id"] for row in images),
+            "category_id": Counter(row["id"] for row in self.document["categories"]),
+        }
+        for key, found in ids.items():
+            if twice := [one for one, count in found.items() if count > 1]:
+                raise ValueError(f"{path}: {key} {twice[:5]} is there twice; give each an id of its own")
+        self.file_names = {image["id"]: image["file_name"] for image in images}
+        self._ids = {key: set(found) for key, found in ids.items()}
+        self._check(path, boxes, "add what is missing, or leave these boxes out")
+        sizes = ((int(image.get("height") or 0), int(image.get("width") or 0)) for image in images)
+        known = Counter(size for size in sizes if min(size) > 0)
+        self.image_shape = known.most_common(1)[0][0] if known else None
+        """Height and width that most images have, in pixels; None if the file does not say."""
+        count = sum(not row.get("iscrowd") for row in boxes)
+        self.description = description or f"{path}: {len(images)} images, {count} boxes"
+
+    def results(self, path: Path) -> list[Result]:
+        """The boxes of a COCO results file.
+
+        Raises:
+            ValueError: not a results file, or it has images or categories that are not in the annotations.
+        """
+        rows = read_json(path, list[Result], "a COCO results file, a list of boxes")
+        self._check(path, rows, "give the annotation file that was tested on")
+        return rows
+
+    def _check(self, path: Path, rows: Sequence[Any], fix: str) -> None:
+        for key, known in self._ids.items():
+            if unknown := sorted({row[key] for row in rows} - known):
+                kind = key.removesuffix("_id")
+                raise ValueError(f"{path}: {kind} ids {unknown[:5]} are not in {self.path}; {fix}")
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """Figures of one results file. `metrics` has `METRICS`, None where no annotation has the size.
 
-    `precision` is that at recall 0, 0.01, ..., 1 with IoU 0.50, by name of the category; those without annotations are
-    left out. `backend` says what evaluated, with its version.
+    `precision` is the precision at recall 0, 0.01, ..., 1 with IoU 0.50, by name of the category; categories without
+    annotations are left out. `backend` says what evaluated, with its version.
     """
 
     metrics: dict[str, float | None]
@@ -37,87 +136,78 @@ class Evaluation:
     backend: str
 
 
-def evaluate_boxes(
-    document: dict[str, Any], results: list[dict[str, Any]], *, backend: str | None = None
-) -> Evaluation:
-    """Evaluates boxes on all images and categories of the annotations.
-
-    Args:
-        document: COCO annotations.
-        results: boxes of a COCO results file; none at all is a detector that scores zero.
-        backend: one of `BACKENDS`; None takes the first that is installed.
-
-    Raises:
-        ValueError: an unknown backend, or none that is installed.
-    """
-    backend = _chosen(backend)
-    evaluator = evaluator_of(load_truth(document, backend), results, backend)
-    with redirect_stdout(io.StringIO()):
-        evaluator.evaluate()
-        evaluator.accumulate()
-        evaluator.summarize()
-    figures = (float(value) for value in evaluator.stats[: len(METRICS)])
-    # IoU thresholds, recalls, categories, areas, largest numbers of detections: all areas, 100 detections.
-    curves = np.asarray(evaluator.eval["precision"])[_IOU50, :, :, 0, -1]
-    names = {item["id"]: str(item["name"]) for item in document["categories"]}
+def evaluate_boxes(document: Any, results: Sequence[Any]) -> Evaluation:
+    """Evaluates boxes of a COCO results file on all images and categories of COCO annotations."""
+    evaluator = evaluator_of(document, results)
+    evaluator.run()
+    metrics = dict(zip(METRICS, map(float, evaluator.stats), strict=False))
+    # IoU thresholds, recalls, categories, areas, largest numbers of detections: IoU 0.50, all areas, 100 detections.
+    curves = np.asarray(evaluator.eval["precision"])[0, :, :, 0, -1]
+    names = {row["id"]: str(row["name"]) for row in document["categories"]}
     return Evaluation(
-        metrics={name: value if value >= 0 else None for name, value in zip(METRICS, figures, strict=True)},
+        metrics={name: value if value >= 0 else None for name, value in metrics.items()},
         precision={
-            names[category]: tuple(round(float(value), 4) for value in curves[:, index])
-            for index, category in enumerate(evaluator.params.catIds)
-            if curves[0, index] >= 0
+            names[int(category)]: tuple(round(float(value), 4) for value in curve)
+            for category, curve in zip(evaluator.params.catIds, curves.T, strict=True)
+            if curve[0] >= 0
         },
-        backend=f"{backend} {version(backend)}",
+        backend=f"faster-coco-eval {version('faster-coco-eval')}",
     )
 
 
-def load_truth(document: dict[str, Any], backend: str = "pycocotools") -> Any:
-    """The annotations as the backend's `COCO`; the document itself is left as it is."""
-    coco = _classes(backend)[0]()
-    rows = [{"iscrowd": 0, **row} for row in document["annotations"]]
-    coco.dataset = {"info": {}, **document, "annotations": [{"area": _area(row), **row} for row in rows]}
-    with redirect_stdout(io.StringIO()):
-        coco.createIndex()
-    return coco
+def evaluator_of(document: Any, results: Sequence[Any], **options: Any) -> Any:
+    """faster-coco-eval's `COCOeval_faster` of boxes, not yet run; document and results stay as they are.
+
+    Annotations and results are numbered anew from 1: for COCO's evaluation, the id 0 means "not matched".
+    """
+    from faster_coco_eval import COCO, COCOeval_faster
+
+    def numbered(number: int, row: Any, **more: Any) -> dict[str, Any]:
+        kept = {"image_id": row["image_id"], "category_id": row["category_id"], "bbox": list(row["bbox"])}
+        return {**kept, "id": number, "area": float(row["bbox"][2]) * float(row["bbox"][3]), "iscrowd": 0, **more}
+
+    annotated = []
+    for number, row in enumerate(document["annotations"], start=1):
+        area = {} if row.get("area") is None else {"area": float(row["area"])}
+        annotated.append(numbered(number, row, iscrowd=int(bool(row.get("iscrowd"))), **area))
+    found = [numbered(number, row, score=float(row["score"])) for number, row in enumerate(results, start=1)]
+    whole = {"images": document["images"], "categories": document["categories"]}
+    truth, detections = COCO({**whole, "annotations": annotated}), COCO({**whole, "annotations": found})
+    return COCOeval_faster(truth, detections, "bbox", **options)
 
 
-def evaluator_of(truth: Any, results: list[dict[str, Any]], backend: str = "pycocotools") -> Any:
-    """The backend's `COCOeval` of boxes, not yet run."""
-    coco_class, evaluator_class = _classes(backend)
-    found = coco_class()
-    boxes = [
-        {**{key: row[key] for key in ("image_id", "category_id", "bbox", "score")}, "id": index, "iscrowd": 0,
-         "area": _area(row)}
-        for index, row in enumerate(results, start=1)
-    ]  # fmt: skip
-    found.dataset = {**truth.dataset, "annotations": boxes}
-    with redirect_stdout(io.StringIO()):
-        found.createIndex()
-        return evaluator_class(truth, found, "bbox")
+@dataclass(frozen=True)
+class Found:
+    """The boxes of one image, by what became of them. Detections inside of a crowd are in none of the lists."""
+
+    right: list[Box] = field(default_factory=list)
+    wrong: list[Box] = field(default_factory=list)
+    missed: list[Box] = field(default_factory=list)
+
+    @property
+    def counts(self) -> Counts:
+        """How many there are of each."""
+        return Counts(tp=len(self.right), fp=len(self.wrong), fn=len(self.missed))
 
 
-def _area(row: dict[str, Any]) -> float:
-    """Of a box; COCO's own figure, that of the mask, stands where the annotations give it."""
-    return float(row["bbox"][2]) * float(row["bbox"][3])
-
-
-def _chosen(backend: str | None) -> str:
-    if backend is not None and backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r}: expected one of {', '.join(BACKENDS)}")
-    installed = [name for name in BACKENDS if find_spec(name.replace("-", "_")) is not None]
-    wanted = [name for name in installed if backend in (None, name)]
-    if not wanted:
-        raise ValueError(f"{backend or ' and '.join(BACKENDS)}: not installed; pip install {backend or 'pycocotools'}")
-    return wanted[0]
-
-
-def _classes(backend: str) -> tuple[Any, Any]:
-    if backend == "pycocotools":
-        from pycocotools.coco import COCO
-        from pycocotools.cocoeval import COCOeval
-
-        return COCO, COCOeval
-    from faster_coco_eval import COCO as FasterCOCO
-    from faster_coco_eval import COCOeval_faster
-
-    return FasterCOCO, COCOeval_faster
+def match_boxes(document: Any, results: Sequence[Any], *, score: float, iou: float) -> dict[int, Found]:
+    """Which boxes with a score of at least `score` are right, by image id, as COCO's evaluation matches at one IoU."""
+    kept = [row for row in results if row["score"] >= score]
+    evaluator = evaluator_of(document, kept)
+    params = evaluator.params
+    params.iouThrs, params.areaRng, params.areaRngLbl = np.array([iou]), [[0, float("inf")]], ["all"]
+    params.maxDets = [max(len(kept), 1)]
+    evaluator.evaluate()
+    pairs = (pair.split("_") for pair in evaluator.eval["matched"])  # "DETECTION_ANNOTATION", as numbered
+    truth_of = {int(number): int(truth) for number, truth in pairs}
+    taken = set(truth_of.values())
+    found: dict[int, Found] = defaultdict(Found)
+    for number, row in enumerate(document["annotations"], start=1):
+        if number not in taken and not row.get("iscrowd"):
+            found[row["image_id"]].missed.append(row["bbox"])
+    for number, row in enumerate(kept, start=1):
+        if number not in truth_of:
+            found[row["image_id"]].wrong.append(row["bbox"])
+        elif not document["annotations"][truth_of[number] - 1].get("iscrowd"):
+            found[row["image_id"]].right.append(row["bbox"])
+    return found

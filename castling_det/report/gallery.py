@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image, ImageDraw, UnidentifiedImageError
+from PIL import Image, ImageDraw
 
-from castling_det.report.colors import BOXES
-from castling_det.report.compare import Annotations
-from castling_det.report.matching import Boxes, match
-from castling_det.report.record import Comparison, ImageComparison
+from castling_det.report.evaluation import Annotations, Box, Found
+from castling_det.report.records import Comparison, ImageComparison
 
-__all__ = ["Row", "data_uri", "gallery", "strip"]
+BOXES = {"truth": "#ffffff", "right": "#4cc3ff", "wrong": "#ff7f0e", "missed": "#fff200"}
+"""Colours on photographs: annotated, found rightly, found wrongly, missed."""
 
 _SIDE = 512
 """Pixels of a picture's longer side, at least: tiles are enlarged so that lines stay thin beside the objects."""
+
+_MARGIN = 8
+"""Pixels outside of a picture in which boxes are drawn: their lines do not show."""
 
 
 @dataclass(frozen=True)
@@ -36,106 +36,79 @@ class Row:
 
 
 def gallery(
-    comparison: Comparison,
-    annotations: Annotations,
-    images: Path,
-    baseline: Mapping[int, Boxes],
-    deployed: Mapping[int, Boxes],
-    *,
-    count: int = 8,
+    comparison: Comparison, annotations: Annotations, images: Path, found: tuple[Mapping[int, Found], ...], count: int
 ) -> list[Row]:
     """Draws the first `count` images of a comparison, in its order.
 
     Args:
-        comparison: says which images, from which score on, right at which IoU.
+        comparison: says which images.
         annotations: ground truth.
         images: folder that the annotations' file names are relative to.
-        baseline: detections of the baseline by image.
-        deployed: detections of the deployed one by image.
+        found: boxes of baseline and deployed detector, by image.
         count: number of images, at most.
 
     Raises:
-        ValueError: an image file that is missing or cannot be decoded; names it.
+        ValueError: an image file that is missing, outside of the folder or cannot be decoded; names it.
     """
     rows = []
     for image in comparison.images[:count]:
-        picture, scale = _load(images / image.file_name)
-        truth = annotations.truth(image.image_id)
-        drawn = [_draw_truth(picture, truth, scale)]
-        for detections in (baseline, deployed):
-            found = detections.get(image.image_id)
-            drawn.append(_draw_detections(picture, found, truth, scale, comparison))
-        rows.append(Row(image, *drawn))
+        picture, scale = _load(images, image.file_name)
+        annotated = [row for row in annotations.document["annotations"] if row["image_id"] == image.image_id]
+        truth = picture.copy()
+        for row in annotated:
+            crowd = bool(row.get("iscrowd"))
+            _outline(truth, row["bbox"], scale, BOXES["truth"], dashed=crowd, width=1 if crowd else 3)
+        rows.append(Row(image, truth, *(_draw(picture, boxes.get(image.image_id, Found()), scale) for boxes in found)))
     return rows
 
 
 def strip(row: Row, titles: tuple[str, str, str], *, gap: int = 8) -> Image.Image:
     """The three pictures of a row beside each other, `gap` pixels apart, each under its title."""
-    pictures = (row.truth, row.baseline, row.deployed)
     width, height = row.truth.size
     head = 24
     whole = Image.new("RGB", (3 * width + 2 * gap, height + head), "white")
-    for number, (picture, title) in enumerate(zip(pictures, titles, strict=True)):
+    for number, (picture, title) in enumerate(zip((row.truth, row.baseline, row.deployed), titles, strict=True)):
         left = number * (width + gap)
         ImageDraw.Draw(whole).text((left + 4, 4), title, fill="black", font_size=14)
         whole.paste(picture, (left, head))
     return whole
 
 
-def data_uri(picture: Image.Image) -> str:
-    """The picture inside of an address: JPEG, since photographs as PNG make a page of tens of megabytes."""
-    buffer = io.BytesIO()
-    picture.save(buffer, format="JPEG", quality=88, subsampling=0)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
-
-
-def _load(path: Path) -> tuple[Image.Image, float]:
+def _load(folder: Path, name: str) -> tuple[Image.Image, float]:
     """The image in RGB, its longer side brought to 512 to 1024 pixels, and the factor."""
+    if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
+        raise ValueError(f"file_name={name!r}: expected a path inside of --images {folder}; a report shows no others")
+    path = folder / name
+    if not os.path.isfile(path):
+        problem = "not a regular file" if os.path.exists(path) else "no such image"
+        raise ValueError(f"{path}: {problem}; give the folder of the tested images as --images")
     try:
         with Image.open(path) as opened:
             picture = opened.convert("RGB")
-    except FileNotFoundError as error:
-        raise ValueError(f"{path}: no such image; give the folder of the tested images as --images") from error
-    except (OSError, UnidentifiedImageError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: cannot be decoded as an image: {error}") from error
     longer = max(picture.size)
     scale = _SIDE / longer if longer < _SIDE else min(1.0, 2 * _SIDE / longer)
-    size = (round(picture.width * scale), round(picture.height * scale))
+    size = (max(round(picture.width * scale), 1), max(round(picture.height * scale), 1))
     return picture.resize(size, Image.Resampling.LANCZOS), scale
 
 
-def _draw_truth(picture: Image.Image, truth: Boxes, scale: float) -> Image.Image:
+def _draw(picture: Image.Image, found: Found, scale: float) -> Image.Image:
     drawn = picture.copy()
-    for box, crowd in zip(truth.xyxy * scale, truth.crowd, strict=True):
-        _rectangle(drawn, box, BOXES["truth"], dashed=bool(crowd), width=1 if crowd else 3)
+    for kind, boxes in (("missed", found.missed), ("right", found.right), ("wrong", found.wrong)):
+        for box in boxes:
+            _outline(drawn, box, scale, BOXES[kind], dashed=kind == "missed")
     return drawn
 
 
-def _draw_detections(
-    picture: Image.Image, detections: Boxes | None, truth: Boxes, scale: float, comparison: Comparison
-) -> Image.Image:
-    drawn = picture.copy()
-    empty = np.zeros(0)
-    shown = detections or Boxes(np.zeros((0, 4)), empty.astype(np.int64), empty, empty.astype(bool))
-    shown = shown.at_least(comparison.score_threshold)
-    result = match(shown, truth, iou=comparison.iou)
-    for box, found, crowd in zip(truth.xyxy * scale, result.found, truth.crowd, strict=True):
-        if not found and not crowd:
-            _rectangle(drawn, box, BOXES["missed"], dashed=True)
-    for box, right, ignored in zip(shown.xyxy * scale, result.right, result.ignored, strict=True):
-        if not ignored:
-            _rectangle(drawn, box, BOXES["right" if right else "wrong"])
-    return drawn
-
-
-def _rectangle(
-    picture: Image.Image, box: NDArray[np.float64], color: str, *, dashed: bool = False, width: int = 3
-) -> None:
+def _outline(picture: Image.Image, box: Box, scale: float, color: str, *, dashed: bool = False, width: int = 3) -> None:
     """A line on a dark one that is wider, so that it shows on any photograph."""
     draw = ImageDraw.Draw(picture)
-    x0, y0, x1, y1 = (float(value) for value in box)
-    corners = [(x0, y0), (x1, y0), (x1, y1), (x0, y1), (x0, y0)]
-    for (ax, ay), (bx, by) in pairwise(corners):
+    x, y, box_width, box_height = (value * scale for value in box)
+    # However large a box is, no more of it is drawn than the picture can show.
+    x0, x1 = np.clip([x, x + box_width], -_MARGIN, picture.width + _MARGIN).tolist()
+    y0, y1 = np.clip([y, y + box_height], -_MARGIN, picture.height + _MARGIN).tolist()
+    for (ax, ay), (bx, by) in pairwise([(x0, y0), (x1, y0), (x1, y1), (x0, y1), (x0, y0)]):
         length = max(abs(bx - ax), abs(by - ay), 1.0)
         dash = 7.0 if dashed else length
         for step in range(math.ceil(length / (2 * dash))):

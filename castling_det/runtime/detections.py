@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Backend", "Detections", "Image"]
+__all__ = ["Backend", "Detections", "Image", "in_groups"]
 
 Image = NDArray[np.uint8]
 """(height, width, 3), BGR, as OpenCV reads files."""
@@ -36,9 +37,14 @@ class Detections:
         return tuple(self.classes[label] for label in self.labels)
 
     def above(self, score: float) -> Detections:
-        """Those whose score is at least `score`."""
-        keep = self.scores >= score
-        return Detections(self.boxes[keep], self.scores[keep], self.labels[keep], self.classes)
+        """The detections whose score is at least `score`."""
+        return self._where(self.scores >= score)
+
+    def inside(self, hw: tuple[int, ...]) -> Detections:
+        """The detections clipped to an image of this height and width; boxes outside of it are dropped."""
+        boxes = np.clip(self.boxes, 0, np.array([hw[1], hw[0], hw[1], hw[0]], dtype=np.float32))
+        clipped = Detections(boxes, self.scores, self.labels, self.classes)
+        return clipped._where((boxes[:, 2:] > boxes[:, :2]).all(axis=1))
 
     def to_coco(self, image_id: int, category_ids: tuple[int, ...]) -> list[dict[str, Any]]:
         """COCO's result entries; `category_ids` has one for each class. Boxes are x, y, width, height."""
@@ -50,6 +56,9 @@ class Detections:
             )
         return entries
 
+    def _where(self, keep: Any) -> Detections:
+        return Detections(self.boxes[keep], self.scores[keep], self.labels[keep], self.classes)
+
 
 class Backend(Protocol):
     """A loaded detector, whatever runs it."""
@@ -58,3 +67,12 @@ class Backend(Protocol):
 
     def detect(self, images: list[Image]) -> list[Detections]:
         """One result for each image, in its own pixels."""
+
+
+def in_groups(keys: Sequence[Hashable], run: Callable[[list[int]], list[Detections]]) -> list[Detections]:
+    """Runs once for each distinct key, such as a size, on the indices that have it; results in the order of `keys`."""
+    groups: dict[Hashable, list[int]] = {}
+    for index, key in enumerate(keys):
+        groups.setdefault(key, []).append(index)
+    found = {index: one for indices in groups.values() for index, one in zip(indices, run(indices), strict=True)}
+    return [found[index] for index in range(len(keys))]

@@ -13,6 +13,9 @@ from castling_det.runtime.sources import MAX_PIXELS, check_image, read_image
 
 __all__ = ["Detector"]
 
+Source = str | os.PathLike[str] | Image
+"""A file, or an array (height, width, 3) of uint8 in the order BGR, as OpenCV has it."""
+
 
 class Detector:
     """Finds objects in images.
@@ -21,7 +24,7 @@ class Detector:
         detections = detector("photo.jpg")
         print(detections.names, detections.boxes)
 
-    An ONNX file needs numpy, OpenCV and onnxruntime alone (`pip install castling-det[runtime]`).
+    An ONNX file needs neither PyTorch nor MMDetection (`pip install castling-det[runtime]`).
 
     Args:
         model: ONNX file of `tools/export_onnx.py`, or a checkpoint `.pth`.
@@ -71,44 +74,37 @@ class Detector:
         self.backend = _load(model, config, device)
         self.classes = self.backend.classes
 
-    def __call__(self, image: str | os.PathLike[str] | Image) -> Detections:
-        """The detections in a file, or in an array (height, width, 3) of uint8 in the order BGR, as OpenCV has it.
+    def __call__(self, image: Source) -> Detections:
+        """The detections in one image.
 
         Raises:
             ValueError: not an image, the wrong number of channels, or more than `max_pixels`.
         """
         return self.detect([image])[0]
 
-    def detect(self, images: Sequence[str | os.PathLike[str] | Image]) -> list[Detections]:
+    def detect(self, images: Sequence[Source]) -> list[Detections]:
         """As a call for each image, `batch_size` at once. Errors as there; the first one stops."""
         loaded = [self._loaded(image) for image in images]
-        found: list[Detections | None] = [None] * len(loaded)
-        whole = [index for index, image in enumerate(loaded) if not self._is_tiled(image)]
+        whole = [index for index, image in enumerate(loaded) if self.tile is None or max(image.shape[:2]) <= self.tile]
+        found: dict[int, Detections] = {}
         for start in range(0, len(whole), self.batch_size):
             batch = whole[start : start + self.batch_size]
-            for index, detections in zip(batch, self.backend.detect([loaded[i] for i in batch]), strict=True):
-                found[index] = detections
-        for index, image in enumerate(loaded):
-            if found[index] is None:
-                assert self.tile is not None
-                found[index] = _tiling()(
-                    self.backend, image, tile=self.tile, overlap=self.overlap, batch_size=self.batch_size
-                )
-        return [detections.above(self.score_thr) for detections in found if detections is not None]
+            found |= zip(batch, self.backend.detect([loaded[index] for index in batch]), strict=True)
+        tiling = {"tile": self.tile, "overlap": self.overlap, "batch_size": self.batch_size}
+        for index in sorted(set(range(len(loaded))) - set(whole)):
+            found[index] = _tiling()(self.backend, loaded[index], **tiling)
+        return [found[index].inside(image.shape).above(self.score_thr) for index, image in enumerate(loaded)]
 
-    def draw(self, image: str | os.PathLike[str] | Image, detections: Detections) -> Image:
+    def draw(self, image: Source, detections: Detections) -> Image:
         """A copy of the image with the detections on it, by MMDetection's visualizer where the model is its own."""
         draw = getattr(self.backend, "draw", draw_detections)
         picture: Image = draw(self._loaded(image), detections)
         return picture
 
-    def _loaded(self, image: str | os.PathLike[str] | Image) -> Image:
+    def _loaded(self, image: Source) -> Image:
         if isinstance(image, (str, os.PathLike)):
             return read_image(image, max_pixels=self.max_pixels)
         return check_image(image, max_pixels=self.max_pixels)
-
-    def _is_tiled(self, image: Image) -> bool:
-        return self.tile is not None and max(image.shape[:2]) > self.tile
 
 
 def _load(model: str | os.PathLike[str], config: str | os.PathLike[str] | None, device: str) -> Backend:

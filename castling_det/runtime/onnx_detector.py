@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from castling_det.runtime.detections import Detections, Image
-from castling_det.runtime.model_info import ModelInfo
-from castling_det.runtime.preprocess import Prepared, padded_to_multiple, prepare, size_of
+from castling_det.runtime.detections import Detections, Image, in_groups
+from castling_det.runtime.metadata import INPUT_NAME, OUTPUT_NAMES, SIZES_NAME, ModelMetadata
+from castling_det.runtime.preprocess import Prepared, padded_to_multiple, prepare
 
 __all__ = ["OnnxDetector"]
 
-OUTPUTS = ("boxes", "scores", "labels")
+_SAFE_ONNXRUNTIME = (1, 18)
+"""The first version that refuses a file whose weights lie outside of its folder; older ones read any path."""
 
 
 class OnnxDetector:
@@ -26,7 +27,7 @@ class OnnxDetector:
         device: `"cpu"`, `"cuda"` or `"cuda:N"`.
 
     Attributes:
-        info: what the file says of itself.
+        info: what the file says about itself.
         classes: names by label.
 
     Raises:
@@ -35,49 +36,63 @@ class OnnxDetector:
 
     def __init__(self, path: str | os.PathLike[str], *, device: str = "cpu") -> None:
         self.path = Path(path)
-        self.session = _session(self.path, device)
-        self.info = ModelInfo.read(self.session.get_modelmeta().custom_metadata_map, f"model {path}")
+        self._session = _session(self.path, device)
+        self.info = ModelMetadata.from_properties(self._session.get_modelmeta().custom_metadata_map, f"model {path}")
+        for field, wanted, option in (
+            ("outputs", "detections", "--raw"),
+            ("preprocessing", "graph", "--no-preprocessing"),
+        ):
+            if getattr(self.info, field) != wanted:
+                raise ValueError(
+                    f"model {path}: {field}={getattr(self.info, field)!r}: expected {wanted!r}; export without {option}"
+                )
         self.classes = self.info.classes
-        _check_interface(self.session, path)
+        _check_interface(self._session, path)
+        # Files of earlier versions have no such input: they see padding as image.
+        self._takes_sizes = any(value.name == SIZES_NAME for value in self._session.get_overridable_initializers())
 
     def detect(self, images: list[Image]) -> list[Detections]:
-        """One result for each image. Those that have one size behind the pipeline share a batch, so that the
-        result of an image does not depend on the others."""
+        """One result for each image; images that have one size after the pipeline share a batch."""
         prepared = [prepare(image, self.info.pipeline) for image in images]
-        groups: dict[tuple[int, int], list[int]] = {}
-        for index, one in enumerate(prepared):
-            hw = padded_to_multiple(size_of(one.pixels), self.info.pad_size_divisor)
-            groups.setdefault(hw, []).append(index)
-        found: dict[int, Detections] = {}
-        for hw, indices in groups.items():
-            batch = self._batch([prepared[index] for index in indices], hw)
-            boxes, scores, labels = self._run(batch)
-            for row, index in enumerate(indices):
-                found[index] = self._detections(prepared[index], boxes[row], scores[row], labels[row])
-        return [found[index] for index in range(len(images))]
+        sizes = [padded_to_multiple(one.pixels.shape, self.info.pad_size_divisor) for one in prepared]
+        return in_groups(sizes, lambda indices: self._batch([prepared[i] for i in indices], sizes[indices[0]]))
 
-    def _batch(self, prepared: list[Prepared], hw: tuple[int, int]) -> NDArray[np.float32]:
-        """(batch, 3, height, width) with the values that the graph turns into zeros where there is no image."""
+    def _batch(self, prepared: list[Prepared], hw: tuple[int, int]) -> list[Detections]:
+        # The padding has the values that the graph turns into zeros.
         values = np.array(self.info.pad_values, dtype=np.float32).reshape(1, 3, 1, 1)
         batch = np.broadcast_to(values, (len(prepared), 3, *hw)).copy()
         for row, one in enumerate(prepared):
             height, width = one.pixels.shape[:2]
             batch[row, :, :height, :width] = one.pixels.transpose(2, 0, 1)
-        return batch
-
-    def _run(self, batch: NDArray[np.float32]) -> list[Any]:
+        given = {INPUT_NAME: batch}
+        if self._takes_sizes:
+            given[SIZES_NAME] = np.array([one.pixels.shape[:2] for one in prepared], dtype=np.float32)
         try:
-            return list(self.session.run(list(OUTPUTS), {"images": batch}))
+            outputs = self._session.run(list(OUTPUT_NAMES), given)
         except Exception as error:  # onnxruntime has a class of its own for each kind of failure
             raise ValueError(
-                f"model {self.path}: onnxruntime failed on images of shape {batch.shape}: {str(error)[:300]}"
+                f"model {self.path}: onnxruntime failed on images of shape {batch.shape}: {_line(error)}"
             ) from error
+        rows = outputs[1].shape[-1]
+        if [value.shape for value in outputs] != [(len(batch), rows, 4), (len(batch), rows), (len(batch), rows)]:
+            raise ValueError(
+                f"model {self.path}: gives {', '.join(OUTPUT_NAMES)} of shapes "
+                f"{', '.join(str(value.shape) for value in outputs)} for {len(batch)} images; export it again"
+            )
+        return [self._detections(*row) for row in zip(prepared, *outputs, strict=True)]
 
     def _detections(
         self, prepared: Prepared, boxes: NDArray[np.float32], scores: NDArray[np.float32], labels: NDArray[np.int64]
     ) -> Detections:
         kept = labels >= 0
-        return Detections(prepared.to_original(boxes[kept]), scores[kept], labels[kept], self.classes)
+        boxes, scores, labels = boxes[kept], scores[kept], labels[kept]
+        if not (np.isfinite(boxes).all() and np.isfinite(scores).all()):
+            raise ValueError(f"model {self.path}: gives boxes or scores that are not finite; export it again")
+        if len(labels) and labels.max() >= len(self.classes):
+            raise ValueError(
+                f"model {self.path}: gives label {labels.max()}, but names {len(self.classes)} classes; export it again"
+            )
+        return Detections(prepared.to_original(boxes), scores, labels, self.classes)
 
 
 def _session(path: Path, device: str) -> Any:
@@ -87,15 +102,19 @@ def _session(path: Path, device: str) -> Any:
         import onnxruntime
     except ImportError:
         raise ValueError(f"model {path}: needs onnxruntime; pip install 'castling-det[runtime]'") from None
+    if tuple(int(part) for part in onnxruntime.__version__.split(".")[:2]) < _SAFE_ONNXRUNTIME:
+        raise ValueError(
+            f"model {path}: onnxruntime {onnxruntime.__version__} reads any file that an ONNX file names; "
+            f"pip install 'onnxruntime>={'.'.join(map(str, _SAFE_ONNXRUNTIME))}'"
+        )
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only: they come as exceptions, warnings are about the machine
     providers = _providers(device, onnxruntime)
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # onnxruntime has a class of its own for each kind of damage
-        reason = str(error).splitlines()[0][:200]
         raise ValueError(
-            f"model {path}: not an ONNX file that onnxruntime reads ({reason}); copy or export it again"
+            f"model {path}: not an ONNX file that onnxruntime reads ({_line(error)}); copy or export it again"
         ) from error
     if device != "cpu" and "CUDAExecutionProvider" not in session.get_providers():
         raise ValueError(f"device={device!r}: onnxruntime cannot start CUDA there; check driver, CUDA and cuDNN")
@@ -115,13 +134,16 @@ def _providers(device: str, onnxruntime: Any) -> list[Any]:
 
 
 def _check_interface(session: Any, path: str | os.PathLike[str]) -> None:
-    inputs = {value.name: value for value in session.get_inputs()}
-    outputs = {value.name for value in session.get_outputs()}
-    if set(inputs) != {"images"} or not set(OUTPUTS) <= outputs:
+    inputs = {value.name: (value.type, len(value.shape), value.shape[1:2]) for value in session.get_inputs()}
+    outputs = {value.name: (value.type, len(value.shape)) for value in session.get_outputs()}
+    expected = dict(zip(OUTPUT_NAMES, (("tensor(float)", 3), ("tensor(float)", 2), ("tensor(int64)", 2)), strict=True))
+    if inputs != {INPUT_NAME: ("tensor(float)", 4, [3])} or {name: outputs.get(name) for name in expected} != expected:
         raise ValueError(
-            f"model {path}: inputs {', '.join(inputs)}, outputs {', '.join(sorted(outputs))}: expected images and "
-            f"{', '.join(OUTPUTS)}; write it with tools/export_onnx.py again"
+            f"model {path}: inputs {inputs}, outputs {outputs}: expected float images (batch, 3, height, width), and "
+            "float boxes (batch, rows, 4), float scores and int64 labels (batch, rows); write it with "
+            "tools/export_onnx.py again"
         )
-    shape = inputs["images"].shape
-    if len(shape) != 4 or shape[1] != 3:
-        raise ValueError(f"model {path}: images of shape {shape}: expected three channels, (batch, 3, height, width)")
+
+
+def _line(error: Exception) -> str:
+    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__

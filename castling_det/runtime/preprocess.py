@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Literal
 
 import cv2
 import numpy as np
+from msgspec import Meta, Struct
 from numpy.typing import NDArray
 
 from castling_det.runtime.detections import Image
 
-__all__ = ["STEPS", "Prepared", "equalize", "padded_to_multiple", "prepare", "resized_hw", "size_of"]
+__all__ = ["Equalize", "Pad", "Prepared", "Resize", "Side", "Step", "equalize", "padded_to_multiple", "prepare"]
 
+Side = Annotated[int, Meta(ge=1, le=4096)]
+"""Of a network's input, in pixels: 4096 x 4096 are 200 MB in float32."""
 _INTERPOLATIONS = {
     "nearest": cv2.INTER_NEAREST,
     "bilinear": cv2.INTER_LINEAR,
@@ -29,7 +32,7 @@ class Prepared:
 
     pixels: Image
     content_hw: tuple[int, int]
-    """Height and width of the image itself in `pixels`; right and below of it is padding."""
+    """Height and width of the image itself in `pixels`; the rest, on the right and at the bottom, is padding."""
     original_hw: tuple[int, int]
 
     def to_original(self, boxes: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -41,16 +44,62 @@ class Prepared:
         return scaled
 
 
-def size_of(image: Image) -> tuple[int, int]:
-    """Height and width in pixels."""
-    return image.shape[0], image.shape[1]
+class Equalize(Struct, frozen=True, tag=True):
+    """Histogram equalisation of each channel."""
+
+    def __call__(self, prepared: Prepared) -> Prepared:
+        """The next state of the image."""
+        return Prepared(equalize(prepared.pixels), prepared.content_hw, prepared.original_hw)
 
 
-def prepare(image: Image, pipeline: Sequence[Mapping[str, Any]]) -> Prepared:
-    """Applies the pipeline of an ONNX file's metadata, whose steps were checked when the file was read."""
-    prepared = Prepared(image, size_of(image), size_of(image))
+class Resize(Struct, frozen=True, tag=True):
+    """A resize to `scale` (height, width), or to fit into it."""
+
+    scale: tuple[Side, Side]
+    keep_ratio: bool
+    interpolation: Literal["nearest", "bilinear", "bicubic", "area", "lanczos"]
+
+    def __call__(self, prepared: Prepared) -> Prepared:
+        """The next state of the image."""
+        height, width = self.resized_hw(prepared.pixels.shape[:2])
+        pixels = cv2.resize(prepared.pixels, (width, height), interpolation=_INTERPOLATIONS[self.interpolation])
+        return Prepared(pixels.astype(np.uint8, copy=False), (height, width), prepared.original_hw)
+
+    def resized_hw(self, hw: tuple[int, ...]) -> tuple[int, int]:
+        """Height and width afterwards, by MMDetection's rule."""
+        if not self.keep_ratio:
+            return self.scale
+        factor = min(max(self.scale) / max(hw), min(self.scale) / min(hw))
+        # At least one pixel: MMDetection fails on an image so narrow that nothing is left of it.
+        return max(int(hw[0] * factor + 0.5), 1), max(int(hw[1] * factor + 0.5), 1)
+
+
+class Pad(Struct, frozen=True, tag=True):
+    """Padding on the right and at the bottom to at least `size` (height, width)."""
+
+    size: tuple[Side, Side]
+    pad_values: tuple[float, float, float]
+
+    def __call__(self, prepared: Prepared) -> Prepared:
+        """The next state of the image."""
+        height, width = prepared.pixels.shape[:2]
+        bottom, right = max(self.size[0] - height, 0), max(self.size[1] - width, 0)
+        pixels = cv2.copyMakeBorder(
+            prepared.pixels, 0, bottom, 0, right, cv2.BORDER_CONSTANT, value=tuple(self.pad_values)
+        )
+        return Prepared(pixels.astype(np.uint8, copy=False), prepared.content_hw, prepared.original_hw)
+
+
+Step = Equalize | Resize | Pad
+"""One step of a pipeline; in the file's metadata `type` has its name."""
+
+
+def prepare(image: Image, pipeline: Sequence[Step]) -> Prepared:
+    """Applies the pipeline of an ONNX file."""
+    hw = (image.shape[0], image.shape[1])
+    prepared = Prepared(image, hw, hw)
     for step in pipeline:
-        prepared = STEPS[step["type"]](prepared, step)
+        prepared = step(prepared)
     return prepared
 
 
@@ -70,43 +119,6 @@ def equalize(image: Image) -> Image:
     return out
 
 
-def resized_hw(hw: tuple[int, int], scale: tuple[int, int], *, keep_ratio: bool) -> tuple[int, int]:
-    """Height and width after a resize to `scale` (height, width), by MMDetection's rule."""
-    if not keep_ratio:
-        return scale
-    factor = min(max(scale) / max(hw), min(scale) / min(hw))
-    # At least one pixel: MMDetection fails on an image so narrow that nothing is left of it.
-    return max(int(hw[0] * factor + 0.5), 1), max(int(hw[1] * factor + 0.5), 1)
-
-
-def padded_to_multiple(hw: tuple[int, int], divisor: int) -> tuple[int, int]:
+def padded_to_multiple(hw: tuple[int, ...], divisor: int) -> tuple[int, int]:
     """The smallest multiples of `divisor` that hold `hw`."""
     return -(-hw[0] // divisor) * divisor, -(-hw[1] // divisor) * divisor
-
-
-def _equalize(prepared: Prepared, step: Mapping[str, Any]) -> Prepared:
-    return Prepared(equalize(prepared.pixels), prepared.content_hw, prepared.original_hw)
-
-
-def _resize(prepared: Prepared, step: Mapping[str, Any]) -> Prepared:
-    scale = (int(step["scale"][0]), int(step["scale"][1]))
-    height, width = resized_hw(size_of(prepared.pixels), scale, keep_ratio=bool(step["keep_ratio"]))
-    pixels = cv2.resize(prepared.pixels, (width, height), interpolation=_INTERPOLATIONS[step["interpolation"]])
-    return Prepared(pixels.astype(np.uint8, copy=False), (height, width), prepared.original_hw)
-
-
-def _pad(prepared: Prepared, step: Mapping[str, Any]) -> Prepared:
-    height, width = prepared.pixels.shape[:2]
-    bottom, right = max(int(step["size"][0]) - height, 0), max(int(step["size"][1]) - width, 0)
-    pixels = cv2.copyMakeBorder(
-        prepared.pixels, 0, bottom, 0, right, cv2.BORDER_CONSTANT, value=tuple(step["pad_values"])
-    )
-    return Prepared(pixels.astype(np.uint8, copy=False), prepared.content_hw, prepared.original_hw)
-
-
-STEPS: dict[str, Callable[[Prepared, Mapping[str, Any]], Prepared]] = {
-    "Equalize": _equalize,
-    "Resize": _resize,
-    "Pad": _pad,
-}
-"""By the name in the metadata's `pipeline`."""

@@ -1,27 +1,31 @@
-"""From a source to files: predictions as COCO JSON, pictures with boxes, or a video with boxes."""
+"""From a source to files: COCO predictions, and pictures or a video with boxes; each is whole or absent."""
 
 from __future__ import annotations
 
+import errno
 import itertools
+import json
+import os
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from typing import Any
 
-from castling_det.runtime.detections import Image
+import cv2
+
+from castling_det.files import atomic_write
+from castling_det.runtime.detections import Detections, Image
 from castling_det.runtime.detector import Detector
-from castling_det.runtime.predictions import CocoPredictions, write_picture
-from castling_det.runtime.preprocess import size_of
-from castling_det.runtime.progress import progress_bar
-from castling_det.runtime.sources import VIDEO_SUFFIXES, Frame, ImageFiles, find_images
-from castling_det.runtime.video import Video, VideoFile
+from castling_det.runtime.sources import IMAGE_SUFFIXES, Frame, ImageFiles, UnreadableImage, Video
 
-__all__ = ["EXIT_SKIPPED", "Outcome", "detect_source", "open_source"]
+__all__ = ["EXIT_SKIPPED", "CocoPredictions", "Outcome", "detect_source"]
 
 EXIT_SKIPPED = 10
 _MOST_COUNTED = 100
+_PREDICTIONS = "predictions.json"
+_IMAGES = "images.json"
 
 
 @dataclass(frozen=True)
@@ -40,92 +44,190 @@ class Outcome:
         return EXIT_SKIPPED + min(self.skipped, _MOST_COUNTED) if self.skipped else 0
 
 
-def open_source(source: str, *, max_frames: int | None = None, max_pixels: int) -> ImageFiles | Video:
-    """A camera's number, a video file, an image, a folder or a glob.
-
-    Raises:
-        ValueError: there is no such thing.
-    """
-    if source.isdigit() and not Path(source).exists():
-        return Video(int(source), max_frames=max_frames, max_pixels=max_pixels)
-    if Path(source).suffix.lower() in VIDEO_SUFFIXES and Path(source).is_file():
-        return Video(source, max_frames=max_frames, max_pixels=max_pixels)
-    return ImageFiles(find_images(source), max_pixels=max_pixels)
-
-
 def detect_source(
     detector: Detector, source: ImageFiles | Video, out: Path, *, draw: bool = True, annotations: Path | None = None
 ) -> Outcome:
     """Runs the detector over a source and writes `out/predictions.json`, `out/images.json` and pictures or a video.
 
-    A frame that cannot be read is one line on stderr; where none can, nothing is written. Ctrl-C ends a camera as its
-    last frame does.
+    An image that cannot be read is one line on stderr; where none can, nothing is written.
 
     Raises:
-        ValueError: annotations that do not fit.
+        ValueError: annotations that do not fit, or an output that would replace an input.
         OSError: a file cannot be written, such as on a full disk; none is left half written.
     """
+    _check_outputs(source, out, draw, annotations)
     predictions = CocoPredictions(detector.classes, annotations)
-    images = skipped = detections = 0
+    skipped = detections = 0
     with ExitStack() as stack:
-        advance = stack.enter_context(progress_bar(source.total))
-        stack.enter_context(_interruptible(source))
-        show = stack.enter_context(_Pictures(source, out)) if draw else None
-        for batch in _batches(source, detector.batch_size):
-            readable = []
-            for frame in batch:
-                if frame.image is None:
+        sink = stack.enter_context(_video_sink(source, out)) if draw and isinstance(source, Video) else None
+        for batch in _batches(_tracked(source), detector.batch_size):
+            for frame, found in _detected(detector, batch):
+                if frame.image is None or found is None:
                     skipped += frame.missing
                     print(f"skipped: {frame.problem}", file=sys.stderr)
-                else:
-                    readable.append((frame.name, frame.image))
-            for (name, image), found in zip(readable, detector.detect([image for _, image in readable]), strict=True):
-                predictions.add(name, size_of(image), found)
+                    continue
+                predictions.add(frame.name, frame.image.shape[:2], found)
                 detections += len(found)
-                images += 1
-                if show is not None:
-                    show.add(name, detector.draw(image, found))
-            advance(sum(frame.missing or 1 for frame in batch))
-    if images:
+                if draw and sink is None:
+                    _write_picture(_picture_path(out, frame.name), detector.draw(frame.image, found))
+                elif sink is not None:
+                    sink.write_frame(detector.draw(frame.image, found))
+        if sink is not None and not predictions.images:
+            raise ValueError(f"video {source.paths[0]}: no frame of it can be read; nothing is written")
+    if predictions.images:
         predictions.write(out)
-    return Outcome(images, detections, skipped)
+    return Outcome(len(predictions.images), detections, skipped)
 
 
-class _Pictures(AbstractContextManager["_Pictures"]):
-    """A picture for each image of files, one video for the frames of a video, opened with the first of them."""
+class CocoPredictions:
+    """Gathers detections and writes them as COCO results, with the images and categories that they are about.
 
-    def __init__(self, source: ImageFiles | Video, out: Path) -> None:
-        self._video = source if isinstance(source, Video) else None
-        self._out = out
-        self._file: VideoFile | None = None
+    Args:
+        classes: names by label.
+        annotations: an existing COCO file whose image and category ids are taken; without one images count from 1 in
+            their order, categories from 1 in the order of the labels.
 
-    def add(self, name: str, picture: Image) -> None:
-        if self._video is None:
-            write_picture(self._out / "pictures" / name, picture)
-            return
-        if self._file is None:
-            self._file = VideoFile(self._out / f"{Path(self._video.name).stem}_detections.mp4", self._video.fps)
-        self._file.add(picture)
+    Raises:
+        ValueError: the file is not COCO's, or lacks one of the classes.
+    """
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._file is not None:
-            whole = self._video is not None and self._video.is_camera and isinstance(error, KeyboardInterrupt)
-            self._file.__exit__(*((None, None, None) if whole else (kind, error, trace)))
+    def __init__(self, classes: tuple[str, ...], annotations: str | os.PathLike[str] | None = None) -> None:
+        self.classes = classes
+        self.images: list[dict[str, Any]] = []
+        self._entries: list[dict[str, Any]] = []
+        self._known: dict[str, int] | None = None
+        self.category_ids = tuple(range(1, len(classes) + 1))
+        if annotations is not None:
+            self._known, categories = _read_ids(Path(annotations))
+            missing = [name for name in classes if name not in categories]
+            if missing:
+                raise ValueError(
+                    f"annotations {annotations}: no category {', '.join(missing)}, which the detector knows; it has "
+                    f"{', '.join(categories)}"
+                )
+            self.category_ids = tuple(categories[name] for name in classes)
+
+    def add(self, name: str, hw: tuple[int, ...], detections: Detections) -> None:
+        """One image's detections.
+
+        Raises:
+            ValueError: the annotations have no image of this name.
+        """
+        image_id = len(self.images) + 1 if self._known is None else self._known.get(Path(name).name)
+        if image_id is None:
+            raise ValueError(f"{name}: no image of this file_name in the annotations; run on their images only")
+        self.images.append({"id": image_id, "file_name": name, "height": hw[0], "width": hw[1]})
+        self._entries += detections.to_coco(image_id, self.category_ids)
+
+    def write(self, folder: Path) -> None:
+        """`predictions.json` (a list, as `COCO.loadRes` reads it) and `images.json` (its images and categories)."""
+        categories = [
+            {"id": number, "name": name} for number, name in zip(self.category_ids, self.classes, strict=True)
+        ]
+        described = {"images": self.images, "annotations": [], "categories": categories}
+        # Both contents are on disk before either file takes its name.
+        with atomic_write(folder / _IMAGES) as images_part, atomic_write(folder / _PREDICTIONS) as predictions_part:
+            images_part.write_text(json.dumps(described, ensure_ascii=False) + "\n", encoding="utf-8")
+            predictions_part.write_text(json.dumps(self._entries, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _read_ids(path: Path) -> tuple[dict[str, int], dict[str, int]]:
+    """Image ids by file name (without folders) and category ids by name."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        images = {Path(image["file_name"]).name: int(image["id"]) for image in document["images"]}
+        categories = {str(category["name"]): int(category["id"]) for category in document["categories"]}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"annotations {path}: not a readable COCO file ({type(error).__name__}: {error})") from None
+    if len(images) < len(document["images"]):
+        raise ValueError(f"annotations {path}: two images have one file_name; rename one")
+    return images, categories
+
+
+def _check_outputs(source: ImageFiles | Video, out: Path, draw: bool, annotations: Path | None) -> None:
+    """Refuses, before anything is decoded, outputs that would replace an input, under whatever name or link."""
+    inputs = {}
+    for path in [*source.paths, *([annotations] if annotations else [])]:
+        for status in _statuses(path):
+            inputs[status.st_dev, status.st_ino] = path
+    outputs = [out / _PREDICTIONS, out / _IMAGES]
+    if draw and isinstance(source, Video):
+        outputs.append(_video_path(source, out))
+    elif draw and isinstance(source, ImageFiles):
+        outputs += [_picture_path(out, source.name_of(path)) for path in source.paths]
+    for path in outputs:
+        for status in _statuses(path):
+            if (status.st_dev, status.st_ino) in inputs:
+                raise ValueError(
+                    f"--out {out}: {path} would replace the input {inputs[status.st_dev, status.st_ino]}; give "
+                    "another folder"
+                )
+
+
+def _statuses(path: Path) -> Iterator[os.stat_result]:
+    """Of the file, and of the link where it is one; none of a file that does not exist."""
+    for status in (os.lstat, os.stat):
+        try:
+            yield status(path)
+        except OSError:
+            continue
+
+
+def _detected(detector: Detector, batch: list[Frame]) -> list[tuple[Frame, Detections | None]]:
+    """Each frame with its detections, or with None where it has no image or one that the detector cannot take."""
+    images = [frame.image for frame in batch if frame.image is not None]
+    try:
+        results = iter(detector.detect(images))
+    except UnreadableImage as error:
+        if len(batch) == 1:
+            return [(Frame(batch[0].name, None, f"{batch[0].name}: {error}", missing=1), None)]
+        return [pair for frame in batch for pair in _detected(detector, [frame])]
+    return [(frame, None if frame.image is None else next(results)) for frame in batch]
+
+
+def _picture_path(out: Path, name: str) -> Path:
+    """In the format of the name's suffix, PNG for one that is not an image's."""
+    path = out / "pictures" / name
+    return path if path.suffix.lower() in IMAGE_SUFFIXES else path.with_name(f"{path.name}.png")
+
+
+def _write_picture(path: Path, picture: Image) -> None:
+    done, content = cv2.imencode(path.suffix, picture)
+    if not done:
+        raise OSError(None, "OpenCV cannot encode the picture", str(path))
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(content.tobytes())
+
+
+def _video_path(source: Video, out: Path) -> Path:
+    return out / f"{source.paths[0].stem[:50]}_detections.mp4"
 
 
 @contextmanager
-def _interruptible(source: ImageFiles | Video) -> Iterator[None]:
-    """Ctrl-C is how a camera ends."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        if not (isinstance(source, Video) and source.is_camera):
-            raise
+def _video_sink(source: Video, out: Path) -> Iterator[Any]:
+    import supervision
+
+    path = _video_path(source, out)
+    with atomic_write(path, suffix=".part.mp4") as part, ExitStack() as stack:
+        try:
+            sink = stack.enter_context(supervision.VideoSink(str(part), source.info))
+        except RuntimeError as error:
+            raise OSError(errno.EIO, str(error), str(path)) from error
+        yield sink
 
 
 def _batches(frames: Iterable[Frame], size: int) -> Iterator[list[Frame]]:
     iterator = iter(frames)
     while batch := list(itertools.islice(iterator, size)):
         yield batch
+
+
+def _tracked(source: ImageFiles | Video) -> Iterable[Frame]:
+    """The frames, with a progress bar on a terminal where rich is installed."""
+    try:
+        from rich.console import Console
+        from rich.progress import track
+    except ImportError:
+        return source
+    console = Console(stderr=True)
+    return track(source, "images", total=source.total, console=console, transient=True, disable=not console.is_terminal)

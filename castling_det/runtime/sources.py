@@ -1,13 +1,14 @@
-"""Where images come from: a file, a folder, a glob. Each is read in its turn; one that cannot be read is said."""
+"""Where images come from: a file, a folder, a glob, a video. Each source says which of its images cannot be read."""
 
 from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterator, Sequence
+import stat
+import struct
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import cv2
 import numpy as np
@@ -17,18 +18,18 @@ from castling_det.runtime.detections import Image
 __all__ = [
     "IMAGE_SUFFIXES",
     "MAX_PIXELS",
-    "VIDEO_SUFFIXES",
     "Frame",
     "ImageFiles",
-    "Source",
     "UnreadableImage",
+    "Video",
     "check_image",
-    "find_images",
+    "open_source",
     "read_image",
 ]
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
-VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg")
+_OTHER_IMAGES = (".avif", ".gif", ".heic", ".heif", ".jp2", ".jxl")
+_VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg")
 MAX_PIXELS = 100_000_000
 """Height x width of the largest image that is taken unless told otherwise: 300 MB in memory."""
 
@@ -50,14 +51,138 @@ class Frame:
     """Images that the problem stands for, at least 1 where `image` is None."""
 
 
-class Source(Protocol):
-    """Images, one after the other."""
+def open_source(source: str, *, max_frames: int | None = None, max_pixels: int = MAX_PIXELS) -> ImageFiles | Video:
+    """An image, a folder (not the folders in it), a glob (`**` goes into folders), or a video file.
 
-    def __iter__(self) -> Iterator[Frame]: ...
+    Raises:
+        ValueError: there is no such thing, or no image in it.
+    """
+    path = Path(source)
+    if path.is_file():
+        if path.suffix.lower() in _VIDEO_SUFFIXES:
+            return Video(path, max_frames=max_frames, max_pixels=max_pixels)
+        return ImageFiles([path], max_pixels=max_pixels)
+    suffixes = (*IMAGE_SUFFIXES, *_OTHER_IMAGES)
+    candidates: Iterable[Path]
+    if path.is_dir():
+        candidates, reason = path.iterdir(), f"no image in this folder (expected {', '.join(IMAGE_SUFFIXES)} files)"
+    else:
+        candidates = map(Path, glob.iglob(source, recursive=True))
+        reason = "no image matches" if glob.has_magic(source) else "no such file or folder"
+    # Whatever has the name of an image is taken: what cannot be read is counted, not left out without a word.
+    found = sorted(candidate for candidate in candidates if candidate.suffix.lower() in suffixes)
+    if not found:
+        raise ValueError(f"source {source}: {reason}; give an image, a folder, a glob in quotes or a video")
+    return ImageFiles(found, max_pixels=max_pixels)
 
-    @property
-    def total(self) -> int | None:
-        """Number of images, None where it is not known."""
+
+class ImageFiles:
+    """Image files as a source."""
+
+    def __init__(self, paths: Sequence[Path], *, max_pixels: int = MAX_PIXELS) -> None:
+        self.paths = list(paths)
+        self.total = len(self.paths)
+        self._max_pixels = max_pixels
+        self._root = Path(os.path.commonpath([path.absolute().parent for path in self.paths]))
+
+    def name_of(self, path: Path) -> str:
+        """The path below the folder that all files share."""
+        return path.absolute().relative_to(self._root).as_posix()
+
+    def __iter__(self) -> Iterator[Frame]:
+        for path in self.paths:
+            try:
+                if path.suffix.lower() in _OTHER_IMAGES:
+                    raise UnreadableImage(f"{path}: {path.suffix} images are not read; convert it to PNG")
+                yield Frame(self.name_of(path), read_image(path, max_pixels=self._max_pixels))
+            except UnreadableImage as error:
+                yield Frame(self.name_of(path), None, str(error), missing=1)
+
+
+class Video:
+    """The frames of a video file, through supervision (`pip install castling-det[video]`).
+
+    Args:
+        path: the file.
+        max_frames: stop after so many; None reads to the end.
+        max_pixels: of a frame.
+
+    Attributes:
+        info: supervision's `VideoInfo`: size, frames a second.
+        total: frames that the file says it has, or that were asked for; None where it does not say.
+
+    Raises:
+        ValueError: supervision is missing, or the file is not a video that it opens.
+    """
+
+    def __init__(self, path: Path, *, max_frames: int | None = None, max_pixels: int = MAX_PIXELS) -> None:
+        # FFmpeg writes a page about a damaged file; ours is one line.
+        os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+        try:
+            import supervision
+        except ImportError as error:
+            raise ValueError(f"video {path}: needs supervision ({error}); pip install 'castling-det[video]'") from None
+        try:
+            self.info = supervision.VideoInfo.from_video_path(str(path))
+        except Exception:  # supervision raises nothing more special
+            raise ValueError(
+                f"video {path}: not a video that OpenCV opens, or damaged; copy it again or convert it"
+            ) from None
+        if not 0 < self.info.fps <= 1000:
+            self.info.fps = 25.0
+        self.paths = [path]
+        known = [count for count in (self.info.total_frames or 0, max_frames or 0) if count > 0]
+        self.total = min(known) if known else None
+        self._max_frames, self._max_pixels = max_frames, max_pixels
+
+    def __iter__(self) -> Iterator[Frame]:
+        """Every frame; those that are missing at the end are one line that stands for all of them."""
+        import supervision
+
+        number, name = 0, self.paths[0].name
+        for number, image in enumerate(supervision.get_video_frames_generator(str(self.paths[0])), start=1):
+            if self._max_frames is not None and number > self._max_frames:
+                return
+            try:
+                check_image(image, f"{name}#{number:06d}", max_pixels=self._max_pixels)
+                yield Frame(f"{name}#{number:06d}", image)
+            except UnreadableImage as error:
+                yield Frame(f"{name}#{number:06d}", None, str(error), missing=1)
+        missing = (self.total or 0) - number
+        if missing > 0:
+            problem = f"{name}: ends after {number} of {self.total} frames; the video is damaged or was cut short"
+            yield Frame(f"{name}#{number + 1:06d}", None, problem, missing=missing)
+
+
+def read_image(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) -> Image:
+    """A file as MMDetection loads it: three channels, 8 bits, BGR, turned as its EXIF says.
+
+    Raises:
+        UnreadableImage: no such file, no image, or one that is too large; names it.
+    """
+    path = Path(path)
+    try:
+        # A pipe or an endless device would be read for ever.
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise UnreadableImage(f"{path}: not a file; give images only")
+        if status.st_size > 8 * max_pixels + 2**24:  # four channels of 16 bits, and room for a thumbnail
+            raise UnreadableImage(f"{path}: {status.st_size:,} bytes: more than an image of {max_pixels:,} pixels has")
+        content = path.read_bytes()
+    except OSError as error:
+        raise UnreadableImage(f"{path}: cannot be read ({error.strerror})") from None
+    # A few kilobytes can unpack to gigabytes: the size in the header is checked before.
+    declared = _declared_hw(content)
+    if declared is not None:
+        _check_size(declared, str(path), max_pixels)
+    try:
+        image = cv2.imdecode(np.frombuffer(content, dtype=np.uint8), cv2.IMREAD_COLOR) if content else None
+    except cv2.error:
+        # OpenCV's own limit on pixels, or a header that promises more than the file has.
+        image = None
+    if image is None:
+        raise UnreadableImage(f"{path}: not an image that OpenCV reads, or damaged; copy it again or convert it to PNG")
+    return check_image(image, str(path), max_pixels=max_pixels)
 
 
 def check_image(image: object, name: str = "image", *, max_pixels: int = MAX_PIXELS) -> Image:
@@ -78,80 +203,63 @@ def check_image(image: object, name: str = "image", *, max_pixels: int = MAX_PIX
         )
     if image.dtype != np.uint8:
         raise UnreadableImage(f"{name}: values of type {image.dtype}: expected uint8, 0 to 255; scale it")
-    height, width = image.shape[:2]
-    if not 0 < height * width <= max_pixels:
-        raise UnreadableImage(
-            f"{name}: {height} x {width} pixels: expected at least one and at most {max_pixels:,} in all; resize it or "
-            "raise max_pixels (--max-pixels)"
-        )
+    _check_size(image.shape[:2], name, max_pixels)
     return image
 
 
-def read_image(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) -> Image:
-    """A file as MMDetection loads it: three channels, 8 bits, BGR, turned as its EXIF says.
-
-    Raises:
-        UnreadableImage: no such file, no image, or one that is too large; names it.
-    """
-    path = Path(path)
-    try:
-        content = np.frombuffer(path.read_bytes(), dtype=np.uint8)
-    except OSError as error:
-        raise UnreadableImage(f"{path}: cannot be read ({error.strerror})") from None
-    try:
-        image = cv2.imdecode(content, cv2.IMREAD_COLOR) if content.size else None
-    except cv2.error:
-        # OpenCV's own limit on pixels, or a header that promises what the file does not have.
-        image = None
-    if image is None:
-        raise UnreadableImage(f"{path}: not an image that OpenCV reads, or damaged; copy it again or convert it to PNG")
-    return check_image(image, str(path), max_pixels=max_pixels)
-
-
-def find_images(source: str) -> list[Path]:
-    """The image files of a file, a folder (not of those below it) or a glob (`**` goes below), sorted.
-
-    Raises:
-        ValueError: there is none.
-    """
-    path = Path(source)
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        found = sorted(filter(_is_image, path.iterdir()))
-        what = f"no image in this folder (expected {', '.join(IMAGE_SUFFIXES)} files)"
-    else:
-        found = sorted(filter(_is_image, map(Path, glob.glob(source, recursive=True))))
-        what = "no image matches" if glob.has_magic(source) else "no such file or folder"
-    if not found:
-        raise ValueError(
-            f"source {source}: {what}; give an image, a folder, a glob in quotes, a video or a camera's number"
+def _check_size(hw: tuple[int, ...], name: str, max_pixels: int) -> None:
+    if not 0 < hw[0] * hw[1] <= max_pixels:
+        raise UnreadableImage(
+            f"{name}: {hw[0]} x {hw[1]} pixels: expected at least one and at most {max_pixels:,} in all; resize it or "
+            "raise max_pixels (--max-pixels)"
         )
-    return found
 
 
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
+def _declared_hw(content: bytes) -> tuple[int, int] | None:
+    """Height and width in the header of a PNG, BMP, WebP, TIFF or JPEG file, None where none is found."""
+    try:
+        if content.startswith(b"\x89PNG"):
+            width, height = struct.unpack(">II", content[16:24])
+        elif content.startswith(b"BM"):
+            width, height = struct.unpack("<ii", content[18:26])
+        elif content[8:16] == b"WEBPVP8 ":
+            width, height = (side & 0x3FFF for side in struct.unpack("<HH", content[26:30]))
+        elif content[8:16] == b"WEBPVP8X":
+            width, height = (int.from_bytes(content[at : at + 3], "little") + 1 for at in (24, 27))
+        elif content[8:16] == b"WEBPVP8L":
+            bits = int.from_bytes(content[21:25], "little")
+            width, height = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+        elif content.startswith((b"II*\0", b"MM\0*")):
+            return _tiff_hw(content, "<" if content.startswith(b"II") else ">")
+        elif content.startswith(b"\xff\xd8"):
+            return _jpeg_hw(content)
+        else:
+            return None
+    except (struct.error, IndexError):
+        return None
+    return abs(height), abs(width)
 
 
-class ImageFiles:
-    """Image files as a source."""
+def _tiff_hw(content: bytes, order: str) -> tuple[int, int] | None:
+    (start,) = struct.unpack_from(f"{order}I", content, 4)
+    (count,) = struct.unpack_from(f"{order}H", content, start)
+    width = None
+    for entry in range(start + 2, start + 2 + 12 * count, 12):
+        tag, kind = struct.unpack_from(f"{order}HH", content, entry)
+        if tag in (256, 257):  # the width, then the height
+            (side,) = struct.unpack_from(f"{order}{'H' if kind == 3 else 'I'}", content, entry + 8)
+            if tag == 257 and width is not None:
+                return side, width
+            width = side
+    return None
 
-    def __init__(self, paths: Sequence[Path], *, max_pixels: int = MAX_PIXELS) -> None:
-        self.paths = list(paths)
-        self.max_pixels = max_pixels
-        folders = [str(path.absolute().parent) for path in self.paths]
-        self._root = Path(os.path.commonpath(folders))
 
-    @property
-    def total(self) -> int:
-        """Number of files."""
-        return len(self.paths)
-
-    def __iter__(self) -> Iterator[Frame]:
-        for path in self.paths:
-            name = path.absolute().relative_to(self._root).as_posix()
-            try:
-                yield Frame(name, read_image(path, max_pixels=self.max_pixels))
-            except UnreadableImage as error:
-                yield Frame(name, None, str(error), missing=1)
+def _jpeg_hw(content: bytes) -> tuple[int, int] | None:
+    at = 2
+    while content[at] == 0xFF:
+        marker, length = struct.unpack_from(">BH", content, at + 1)
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            height, width = struct.unpack_from(">HH", content, at + 5)
+            return height, width
+        at += 2 + length
+    return None

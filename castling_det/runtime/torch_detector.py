@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from mmcv.transforms import Compose
+from mmdet.datasets import CocoDataset
 from mmdet.structures import DetDataSample
 from mmdet.utils import get_test_pipeline_cfg
 from mmdet.visualization import DetLocalVisualizer
@@ -18,9 +19,10 @@ from mmengine.structures import InstanceData
 from castling_det.config import load_config
 from castling_det.conversion import load_checkpoint
 from castling_det.conversion.detectors import build_detector, load_weights, with_attention
-from castling_det.runtime.detections import Detections, Image
+from castling_det.runtime.detections import Detections, Image, in_groups
+from castling_det.runtime.sources import UnreadableImage
 
-__all__ = ["TorchDetector"]
+__all__ = ["TorchDetector", "class_names"]
 
 
 class TorchDetector:
@@ -42,71 +44,75 @@ class TorchDetector:
         self, checkpoint: str | os.PathLike[str], config: str | os.PathLike[str], *, device: str = "cpu"
     ) -> None:
         self.config = load_config(config)
+        attention = (self.config.get("model", {}).get("backbone") or {}).get("attention")
         content = load_checkpoint(checkpoint)
-        model = build_detector(_without_initial_weights(self.config))
+        # The copy has no initial weights to load.
+        model = build_detector(with_attention(self.config, attention) if attention else self.config)
         load_weights(model, content, checkpoint)
         try:
             self.model: Any = model.to(device)
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"device={device!r}: {str(error).splitlines()[0]}; expected 'cpu' or 'cuda'") from error
-        meta = (content.get("meta") or {}).get("dataset_meta") or {}
-        self.classes = _classes(meta, self.config)
-        self._palette = meta.get("palette")
+        meta = content.get("meta") or {}
+        self.classes = class_names(meta, self.config)
+        self._palette = (meta.get("dataset_meta") or {}).get("palette") or "random"
         self._pipeline = _pipeline(self.config)
         self._visualizer: DetLocalVisualizer | None = None
 
     def detect(self, images: list[Image]) -> list[Detections]:
-        """One result for each image; those of one size behind the pipeline share a batch."""
-        prepared = [self._pipeline({"img": image, "img_id": index}) for index, image in enumerate(images)]
-        groups: dict[tuple[int, ...], list[int]] = {}
-        for index, data in enumerate(prepared):
-            groups.setdefault(tuple(data["inputs"].shape), []).append(index)
-        found: dict[int, Detections] = {}
-        for indices in groups.values():
+        """One result for each image; images that have one size after the pipeline share a batch.
+
+        Raises:
+            UnreadableImage: one that the config's pipeline cannot prepare, such as one too narrow for its resize.
+        """
+        prepared = [self._prepared(image) for image in images]
+
+        def run(indices: list[int]) -> list[Detections]:
             with torch.inference_mode():
                 results = self.model.test_step(pseudo_collate([prepared[index] for index in indices]))
-            found |= {index: self._detections(result) for index, result in zip(indices, results, strict=True)}
-        return [found[index] for index in range(len(images))]
+            return [self._detections(result.pred_instances.cpu()) for result in results]
+
+        return in_groups([tuple(data["inputs"].shape) for data in prepared], run)
 
     def draw(self, image: Image, detections: Detections) -> Image:
         """The picture of MMDetection's visualizer."""
         if self._visualizer is None:
             self._visualizer = DetLocalVisualizer()
-            self._visualizer.dataset_meta = {"classes": self.classes, "palette": self._palette or "random"}
-        instances = InstanceData(
-            bboxes=torch.from_numpy(np.ascontiguousarray(detections.boxes)),
-            scores=torch.from_numpy(np.ascontiguousarray(detections.scores)),
-            labels=torch.from_numpy(np.ascontiguousarray(detections.labels)),
-        )
+            self._visualizer.dataset_meta = {"classes": self.classes, "palette": self._palette}
+        fields = {"bboxes": detections.boxes, "scores": detections.scores, "labels": detections.labels}
+        found = InstanceData(**{name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in fields.items()})
         rgb = np.ascontiguousarray(image[:, :, ::-1])
-        sample = DetDataSample(pred_instances=instances)
+        sample = DetDataSample(pred_instances=found)
         self._visualizer.add_datasample("image", rgb, sample, draw_gt=False, pred_score_thr=0.0)
         return np.ascontiguousarray(self._visualizer.get_image()[:, :, ::-1])
 
-    def _detections(self, sample: Any) -> Detections:
-        found = sample.pred_instances
-        scores = found.scores.cpu().numpy().astype(np.float32)
+    def _prepared(self, image: Image) -> Any:
+        try:
+            return self._pipeline({"img": image, "img_id": 0})
+        except Exception as error:  # a transform fails in any way
+            height, width = image.shape[:2]
+            reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+            raise UnreadableImage(
+                f"{height} x {width} pixels: the config's test pipeline cannot prepare it ({reason[0]:.100})"
+            ) from error
+
+    def _detections(self, found: Any) -> Detections:
+        scores = found.scores.numpy().astype(np.float32)
         order = np.argsort(-scores, kind="stable")
-        boxes = found.bboxes.cpu().numpy().astype(np.float32)
-        return Detections(boxes[order], scores[order], found.labels.cpu().numpy().astype(np.int64)[order], self.classes)
+        boxes, labels = found.bboxes.numpy().astype(np.float32), found.labels.numpy().astype(np.int64)
+        return Detections(boxes[order], scores[order], labels[order], self.classes)
 
 
-def _without_initial_weights(config: Config) -> Config:
-    attention = (config.get("model", {}).get("backbone") or {}).get("attention")
-    return with_attention(config, attention) if attention else config
-
-
-def _classes(meta: dict[str, Any], config: Config) -> tuple[str, ...]:
-    classes = meta.get("classes")
-    if classes is None:
-        dataset = (config.get("test_dataloader") or {}).get("dataset") or {}
-        classes = (dataset.get("metainfo") or {}).get("classes")
-    if classes is None:
-        raise ValueError(
-            f"config {config.filename}: neither it nor the checkpoint names the classes; set "
-            "test_dataloader.dataset.metainfo=dict(classes=(...))"
-        )
-    return (classes,) if isinstance(classes, str) else tuple(map(str, classes))
+def class_names(meta: Any, config: Config) -> tuple[str, ...]:
+    """Of the checkpoint's meta, else of the config's test data, else COCO's where the number fits, else numbers."""
+    dataset = (config.get("test_dataloader") or {}).get("dataset") or {}
+    named = (meta.get("dataset_meta") or {}).get("classes") or (dataset.get("metainfo") or {}).get("classes")
+    if named:
+        return (named,) if isinstance(named, str) else tuple(map(str, named))
+    head = config.model.get("bbox_head") or (config.model.get("roi_head") or {}).get("bbox_head") or {}
+    count = int(head.get("num_classes", 80))
+    coco = tuple(CocoDataset.METAINFO["classes"])
+    return coco if dataset.get("type") == "CocoDataset" and len(coco) == count else tuple(map(str, range(count)))
 
 
 def _pipeline(config: Config) -> Compose:

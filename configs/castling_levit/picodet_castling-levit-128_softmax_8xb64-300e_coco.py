@@ -1,25 +1,6 @@
-# Trained in squares of 288 to 416 pixels, tested at 352.
-_base_ = [
-    "../_base_/models/picodet_csppan_pico-head.py",
-    "../_base_/datasets/coco_picodet.py",
-    "../_base_/schedules/picodet_300e.py",
-]
+_base_ = "../_base_/picodet_castling-levit_8xb64-300e_coco.py"
 
-image_size = (416, 416)
-test_size = (352, 352)
 model = dict(
-    data_preprocessor=dict(
-        batch_augments=[
-            dict(type="BatchSyncRandomResize", random_size_range=(288, 416), size_divisor=32, interval=1),
-        ],
-    ),
-    backbone=dict(type="castling_det.CastlingLeViT", arch="128", attention="softmax", init_cfg=None),
+    backbone=dict(arch="128"),
     neck=dict(in_channels=[64, 128, 256, 384]),
 )
-train_pipeline = _base_.train_pipeline
-train_pipeline[3].scale = image_size
-test_pipeline = _base_.test_pipeline
-test_pipeline[1].scale = test_size
-train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
-val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
-test_dataloader = val_dataloader

@@ -1,9 +1,5 @@
 # Trained in squares of 224 to 352 pixels, tested at 288.
-_base_ = [
-    "../_base_/models/picodet_csppan_pico-head.py",
-    "../_base_/datasets/coco_picodet.py",
-    "../_base_/schedules/picodet_300e.py",
-]
+_base_ = "../_base_/picodet_castling-levit_8xb64-300e_coco.py"
 
 image_size = (352, 352)
 test_size = (288, 288)
@@ -13,7 +9,7 @@ model = dict(
             dict(type="BatchSyncRandomResize", random_size_range=(224, 352), size_divisor=32, interval=1),
         ],
     ),
-    backbone=dict(type="castling_det.CastlingLeViT", arch="128S", attention="softmax", init_cfg=None),
+    backbone=dict(arch="128S"),
     neck=dict(in_channels=[64, 128, 256, 384]),
 )
 train_pipeline = _base_.train_pipeline

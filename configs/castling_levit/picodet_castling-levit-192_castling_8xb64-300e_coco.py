@@ -1,6 +1,6 @@
 _base_ = "./picodet_castling-levit-192_softmax_8xb64-300e_coco.py"
 
-model = dict(backbone=dict(attention="castling", threshold=1.0, threshold_unit="uniform"))
+model = dict(backbone=dict(attention="castling", attn_cfg=dict(threshold=1.0, threshold_unit="uniform")))
 # end: tokens of a 416 x 416 image at stride 16, so that the ramp itself empties the mask.
 custom_hooks = [
     *_base_.custom_hooks,

@@ -1,9 +1,5 @@
 # Trained in squares of 256 to 384 pixels, tested at 320.
-_base_ = [
-    "../_base_/models/picodet_csppan_pico-head.py",
-    "../_base_/datasets/coco_picodet.py",
-    "../_base_/schedules/picodet_300e.py",
-]
+_base_ = "../_base_/picodet_castling-levit_8xb64-300e_coco.py"
 
 image_size = (384, 384)
 test_size = (320, 320)
@@ -13,7 +9,7 @@ model = dict(
             dict(type="BatchSyncRandomResize", random_size_range=(256, 384), size_divisor=32, interval=1),
         ],
     ),
-    backbone=dict(type="castling_det.CastlingLeViT", arch="384", attention="softmax", init_cfg=None),
+    backbone=dict(arch="384"),
     neck=dict(in_channels=[192, 384, 512, 768], out_channels=160),
     bbox_head=dict(in_channels=160, feat_channels=160, stacked_convs=4),
 )

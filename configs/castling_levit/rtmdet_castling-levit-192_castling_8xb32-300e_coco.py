@@ -1,6 +1,6 @@
 _base_ = "./rtmdet_castling-levit-192_softmax_8xb32-300e_coco.py"
 
-model = dict(backbone=dict(attention="castling", threshold=1.0, threshold_unit="uniform"))
+model = dict(backbone=dict(attention="castling", attn_cfg=dict(threshold=1.0, threshold_unit="uniform")))
 # end: tokens of a 640 x 640 image at stride 16, so that the ramp itself empties the mask.
 custom_hooks = [
     *_base_.custom_hooks,

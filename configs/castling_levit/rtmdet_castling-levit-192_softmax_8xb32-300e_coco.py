@@ -1,5 +1,5 @@
 # RTMDet with CSPNeXt-s's neck and head. LeViT's pre-training, unlike CSPNeXt's, has RGB images.
-_base_ = "mmdet::rtmdet/rtmdet_s_8xb32-300e_coco.py"
+_base_ = ["mmdet::rtmdet/rtmdet_s_8xb32-300e_coco.py", "../_base_/custom_imports.py"]
 
 image_size = (640, 640)
 checkpoint = None

@@ -1,5 +1,5 @@
 # RTMDet with CSPNeXt-m's neck and head. LeViT's pre-training, unlike CSPNeXt's, has RGB images.
-_base_ = "mmdet::rtmdet/rtmdet_m_8xb32-300e_coco.py"
+_base_ = ["mmdet::rtmdet/rtmdet_m_8xb32-300e_coco.py", "../_base_/custom_imports.py"]
 
 image_size = (640, 640)
 model = dict(

@@ -1,6 +1,6 @@
 _base_ = "./mask-rcnn_castling-mvit-s_softmax_8xb2-amp-ms-crop-36e_coco.py"
 
-model = dict(backbone=dict(attention="castling", threshold=1.0, threshold_unit="uniform"))
+model = dict(backbone=dict(attention="castling", attn_cfg=dict(threshold=1.0, threshold_unit="uniform")))
 # end: keys of a 1280 x 1344 image at stride 8, so that the ramp itself empties the mask.
 custom_hooks = [
     *_base_.custom_hooks,

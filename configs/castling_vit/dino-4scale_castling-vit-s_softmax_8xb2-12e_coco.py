@@ -1,5 +1,5 @@
 # DINO, 4 scales, 12 epochs, on the levels of a simple feature pyramid.
-_base_ = "mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py"
+_base_ = ["mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py", "../_base_/custom_imports.py"]
 
 # The largest batch, padded: a landscape of 800 x 1333 beside a crop of 600 x 384 at its largest.
 image_size = (1280, 1344)

@@ -6,7 +6,7 @@
 _base_ = "./gfl_castling-vit-nano_softmax_tree-crowns.py"
 
 max_iters = 600
-model = dict(backbone=dict(attention="castling", normalizer="kernel", center_keys=True, threshold=0.0))
+model = dict(backbone=dict(attention="castling", attn_cfg=dict(normalizer="kernel", center_keys=True, threshold=0.0)))
 train_cfg = dict(max_iters=max_iters, val_interval=max_iters)
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=20),

@@ -1,6 +1,6 @@
 _base_ = "./gfl_castling-vit-nano_softmax_8xb16-100e_coco.py"
 
-model = dict(backbone=dict(attention="castling", threshold=1.0, threshold_unit="uniform"))
+model = dict(backbone=dict(attention="castling", attn_cfg=dict(threshold=1.0, threshold_unit="uniform")))
 # end: tokens of a 640 x 640 image at stride 8, so that the ramp itself empties the mask.
 custom_hooks = [
     *_base_.custom_hooks,

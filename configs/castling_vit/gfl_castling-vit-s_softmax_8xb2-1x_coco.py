@@ -5,6 +5,7 @@ _base_ = [
     "mmdet::_base_/datasets/coco_detection.py",
     "mmdet::_base_/schedules/schedule_1x.py",
     "mmdet::_base_/default_runtime.py",
+    "../_base_/custom_imports.py",
 ]
 
 # The largest training image, 800 x 1333, padded to multiples of 32.

@@ -1,5 +1,5 @@
 # RetinaNet, 12 epochs: the row that papers on backbones share. AdamW at 1e-4, as MMDetection's PVT.
-_base_ = "mmdet::retinanet/retinanet_r50_fpn_1x_coco.py"
+_base_ = ["mmdet::retinanet/retinanet_r50_fpn_1x_coco.py", "../_base_/custom_imports.py"]
 
 # The largest training image, 800 x 1333, padded to multiples of 32.
 image_size = (800, 1344)

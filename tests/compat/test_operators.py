@@ -213,3 +213,57 @@ def test_deformable_attention() -> None:
         multi_scale_deformable_attn_pytorch(value, shapes, locations, weights),
     )
     assert torch.autograd.gradcheck(attend, (value, locations, weights))
+
+
+def modulated_oracle(x: Tensor, offset: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
+    """3 x 3, padding 1, one group, a sample at a time; samples at or beyond -1 or the far side are zero, as in MMCV."""
+    (height, width), rows = x.shape[-2:], []
+    for y in range(height):
+        for x0 in range(width):
+            taps = []
+            for tap in range(9):
+                sample_y = y - 1 + tap // 3 + offset[0, 2 * tap, y, x0]
+                sample_x = x0 - 1 + tap % 3 + offset[0, 2 * tap + 1, y, x0]
+                value = x.new_zeros(x.shape[1])
+                if -1 < sample_y < height and -1 < sample_x < width:
+                    for near_y in (sample_y.floor(), sample_y.floor() + 1):
+                        for near_x in (sample_x.floor(), sample_x.floor() + 1):
+                            if 0 <= near_y < height and 0 <= near_x < width:
+                                away_y, away_x = (sample_y - int(near_y)).abs(), (sample_x - int(near_x)).abs()
+                                share = (1 - away_y) * (1 - away_x)
+                                value = value + share * x[0, :, int(near_y), int(near_x)]
+                taps.append(value * mask[0, tap, y, x0])
+            rows.append((weight.flatten(2) * torch.stack(taps, dim=-1)).sum(dim=(1, 2)))
+    return torch.stack(rows, dim=-1).view(1, -1, height, width)
+
+
+@pytest.mark.parametrize("offsets", ["zero", "random"])
+def test_gradients_of_the_deformable_convolution_at_the_padding(offsets: str) -> None:
+    """Zero offsets put the first samples of a padded convolution at exactly -1: zero, and without a gradient."""
+    x, weight = torch.randn(1, 2, 4, 5, dtype=torch.float64), torch.randn(3, 2, 3, 3, dtype=torch.float64)
+    offset = torch.randn(1, 18, 4, 5, dtype=torch.float64) * (offsets == "random")
+    mask = torch.rand(1, 9, 4, 5, dtype=torch.float64)
+    leaves = [tensor.requires_grad_() for tensor in (x, offset, mask, weight)]
+    expected = modulated_oracle(*leaves)
+    actual = modulated_deform_conv2d(x, offset, mask, weight, None, 1, 1, 1, 1, 1)
+    upstream = torch.randn_like(expected)
+    assert_close(actual, expected)
+    gradients = (torch.autograd.grad(out, leaves, upstream) for out in (actual, expected))
+    for index, (gradient, wanted) in enumerate(zip(*gradients, strict=True)):
+        if not (offsets == "zero" and index == 1):
+            assert_close(gradient, wanted)
+            continue
+        # On whole cells a bilinear sample has a kink, and each side's slope is right: compare where there is no choice.
+        at_minus_one = torch.zeros(9, 2, 4, 5, dtype=torch.bool)
+        at_minus_one[:3, :, 0], at_minus_one[::3, :, :, 0] = True, True
+        assert not gradient.view(9, 2, 4, 5)[at_minus_one].any()
+
+
+def test_offsets_that_are_not_finite_sample_nothing() -> None:
+    x, weight = torch.randn(1, 2, 4, 5, requires_grad=True), torch.randn(3, 2, 3, 3)
+    offset = torch.full((1, 18, 4, 5), math.nan)
+    offset[:, 4:] = math.inf
+    out = deform_conv2d(x, offset, weight, 1, 1)
+    assert not out.any()
+    out.sum().backward()
+    assert x.grad is not None and not x.grad.any()

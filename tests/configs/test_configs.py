@@ -1,10 +1,15 @@
-"""Every config: loads, builds, trains a step, predicts, converts; the four files of a model; the metafiles."""
+"""Every config: loads, builds; trains a step, predicts, converts; the four files of a model; the metafiles."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import functools
+import os
+import re
+import site
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +27,7 @@ from mmengine.structures import InstanceData
 
 from castling_det.conversion import convert, load_checkpoint
 from castling_det.layers import MaskedAttention
-from castling_det.models.backbones.castling_levit import ARCHITECTURES
+from castling_det.models.levit import ARCHITECTURES
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("[!_]*/*.py"))
@@ -32,7 +37,10 @@ FAMILIES = [config for config in CONFIGS if "-from-softmax" not in config.stem]
 BASELINES = [config for config in CONFIGS if "_softmax" in config.stem]
 CASTLING = [config for config in CONFIGS if "_castling_" in config.stem]
 # One model of each detector on each backbone.
-CONVERTED = list({config.stem.split("vit-")[0]: config for config in reversed(CASTLING)}.values())
+CONVERTED = list({config.stem.split("vit-")[0]: config for config in CASTLING}.values())
+# One size of each model that is trained; `test_parts_fit_at_full_size` builds all sizes and attentions.
+HYBRIDS = [config for config in CONFIGS if not re.search("_(linear|deploy)", config.stem)]
+TRAINED = list({re.sub("vit-[^_]+", "vit", config.stem): config for config in HYBRIDS}.values())
 ATTENTIONS = ("softmax", "linear", "castling", "deploy")
 WINDOWS = "softmax-window"
 """A second softmax baseline beside the four, where the published detector has windows."""
@@ -116,7 +124,7 @@ def detections(model, data):
     return [result.pred_instances for result in results]
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=NAMES)
+@pytest.mark.parametrize("path", TRAINED, ids=[path.stem for path in TRAINED])
 def test_trains_a_step_and_predicts(path, tmp_path):
     config = shrunk(load(path))
     if "distillation" in config.model:
@@ -160,15 +168,19 @@ def test_converts_and_predicts_the_same(path, tmp_path):
     torch.testing.assert_close(after.scores, before.scores, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("path", BASELINES, ids=[path.stem for path in BASELINES])
+@pytest.mark.parametrize("path", CONFIGS, ids=NAMES)
 def test_parts_fit_at_full_size(path):
     """The whole model, without memory: the neck takes the backbone's channels, the head's strides are the neck's."""
     model = load(path).model
     init_default_scope("mmdet")
-    with torch.device("meta"):
-        backbone, neck = MODELS.build(model.backbone).eval(), MODELS.build(model.neck).eval()
-        maps = backbone(torch.empty(1, 3, 512, 512))
-        levels = neck(maps)
+    with torch.device("meta"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("castling_det.ops.linear_angular.without_autocast", lambda tensor: contextlib.nullcontext())
+        detector = MODELS.build(copy.deepcopy(model)).eval()
+        maps = detector.backbone(torch.empty(1, 3, 512, 512))
+        levels = detector.neck(maps)
+        if model.type != "DINO":
+            (detector.rpn_head if "rpn_head" in model else detector.bbox_head)(levels)
+    backbone = detector.backbone
     taken = model.neck.in_channels
     assert ([taken] if isinstance(taken, int) else list(taken)) == list(backbone.out_channels)
     assert [feature.shape[1] for feature in maps] == list(backbone.out_channels)
@@ -205,24 +217,49 @@ def test_the_four_differ_in_the_attention_alone(path):
     for settings in (config, baseline):
         backbone = settings["model"]["backbone"]
         found = backbone.pop("attention")
-        for option in ("threshold", "threshold_unit", "window_size", "global_indices", "local_conv"):
+        options = backbone.pop("attn_cfg", {})
+        backbone["attn_cfg"] = {key: value for key, value in options.items() if "threshold" not in key}
+        for option in ("window_size", "global_indices"):
             backbone.pop(option, None)
+        if attention == WINDOWS:
+            backbone["attn_cfg"].pop("local_conv", None)
         settings.pop("custom_hooks")
     assert found == "softmax"
     assert config == baseline
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=NAMES)
-def test_no_config_downloads_weights(path):
+def test_imports_the_package_downloads_nothing_and_counts_the_classes(path):
     config = load(path)
+    assert config.custom_imports == dict(imports=["castling_det"], allow_failed_imports=False)
     assert config.model.backbone.get("init_cfg") is None and config.load_from is None
     assert "http" not in str(config.to_dict())
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=NAMES)
-def test_training_counts_the_classes(path):
-    hooks = [hook.type for hook in load(path).custom_hooks]
+    hooks = [hook.type for hook in config.custom_hooks]
     assert hooks.count("castling_det.ClassCountHook") == ("_deploy" not in path.stem)
+
+
+def test_a_clone_on_the_path_works_without_an_installation():
+    """`-S` reads no .pth file: nothing of ours is there until the config imports it, stand-in operators included."""
+    config = ROOT / "configs" / "castling_vit" / "gfl_castling-vit-nano_castling_tree-crowns.py"
+    code = f"""
+import sys
+assert not [finder for finder in sys.meta_path if hasattr(finder, "castling_det_role")]
+from mmengine.config import Config
+config = Config.fromfile({str(config)!r})
+from mmdet.registry import MODELS
+from mmengine.registry import init_default_scope
+init_default_scope("mmdet")
+print(type(MODELS.build(config.model).backbone))
+"""
+    path = os.pathsep.join([str(ROOT), *site.getsitepackages()])
+    run = subprocess.run(
+        [sys.executable, "-S", "-c", code],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        cwd="/",
+    )
+    assert "castling_det.models.vit.CastlingViT" in run.stdout, run.stderr
 
 
 @pytest.mark.parametrize("path", CASTLING, ids=[path.stem for path in CASTLING])
@@ -233,7 +270,7 @@ def test_castling_ramps_end_at_the_number_of_tokens(path, monkeypatch):
     monkeypatch.setattr(
         MaskedAttention, "_masked_branch", lambda self, branch, *inputs, num_keys: counted.append(num_keys)
     )
-    # Without memory and without autocast, which knows no meta device.
+    # Without memory, and without autocast, which has no meta device.
     monkeypatch.setattr("castling_det.ops.linear_angular.without_autocast", lambda tensor: contextlib.nullcontext())
     init_default_scope("mmdet")
     with torch.device("meta"):

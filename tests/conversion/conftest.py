@@ -101,9 +101,12 @@ def tiny_config_file(tiny_config, tmp_path):
     return path
 
 
-def set_options(config, **options):
+def set_options(config, num_heads=None, **options):
     """Gives the backbone of a config these options of the attention."""
-    config.model.backbone.update(options)
+    backbone = config.model.backbone
+    backbone.attn_cfg = {**(backbone.get("attn_cfg") or {}), **options}
+    if num_heads is not None:
+        backbone.num_heads = num_heads
 
 
 def randomised_state(model, seed=0):

@@ -11,10 +11,11 @@ import torch
 from castling_det.conversion import convert, load_pretrained
 from castling_det.conversion.detectors import build_detector, with_attention
 from castling_det.layers.levit_attention import resized_biases
-from castling_det.models import CastlingLeViT
+from castling_det.models import CastlingLeViT, fuse_detector
 from tests.compare import assert_parity, errors
 from tests.conversion.conftest import EMPTY, FAST, NOT_EMPTY
-from tests.models.test_castling_levit import SMALL, image, randomised, small
+from tests.models.backbones import LEVIT as SMALL
+from tests.models.backbones import image, randomised, small
 
 ARCH, NAME = "128S", "levit_128s"
 
@@ -26,6 +27,11 @@ def reference(name=NAME):
 
 def softmax(**options):
     return CastlingLeViT(ARCH, attention="softmax", **options).eval()
+
+
+def fused(model):
+    fuse_detector(model)
+    return model
 
 
 def authors_state(state):
@@ -145,8 +151,8 @@ def test_fewer_stages_take_the_first_ones(saved):
             lambda: timm.create_model("vit_tiny_patch16_224", depth=1).state_dict(),
             r"only 0.0%.*dropped  blocks\.0\.mlp\.fc1\.bias: no part of the backbone of LeViT",
         ),
-        (lambda: small().state_dict(), "shapes differ.*arch"),
-        (lambda: softmax().fuse().state_dict(), "no place in the backbone.*norms are not fused"),
+        (lambda: small("levit").state_dict(), "shapes differ.*arch"),
+        (lambda: fused(softmax()).state_dict(), "no place in the backbone.*norms are not fused"),
         (
             lambda: {name: value for name, value in reference().state_dict().items() if "stem" not in name},
             r"only 98\..*new      stem\.conv1",

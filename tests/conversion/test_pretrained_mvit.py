@@ -115,7 +115,7 @@ def test_relative_positions_are_resized_as_timm_does(img_size, model, saved):
 def test_mvitv2_tiny_of_timm_fills_the_backbone_to_the_last_parameter():
     with torch.device("meta"):
         source = timm.create_model("mvitv2_tiny", pretrained=False).state_dict()
-        target = CastlingMViT("tiny", attention="softmax", local_conv=None).state_dict()
+        target = CastlingMViT("tiny", attention="softmax", attn_cfg=dict(local_conv=None)).state_dict()
     found = _mvit_names(source)
     assert {k: v.shape for k, v in found.items() if k in target} == {
         k: v.shape for k, v in target.items() if not k.startswith(("norm0", "norm1", "norm2"))

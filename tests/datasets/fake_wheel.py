@@ -10,8 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from castling_det.datasets.tree_crowns import MEMBER_FOLDER, SPLITS
-from castling_det.datasets.wheel import PinnedWheel
+from tests.datasets.converters import common, tree_crowns
 
 FILENAME = "deepforest-2.1.0-py3-none-any.whl"
 # Width, height, PNG mode: alpha, palette and grey must all come out as RGB.
@@ -58,12 +57,12 @@ def voc(name: str, boxes: list[Corners], labels: list[str] | None = None) -> byt
 
 def members() -> dict[str, bytes]:
     files = {}
-    for names in SPLITS.values():
+    for names in tree_crowns.SPLITS.values():
         for name in names:
             boxes = random_boxes(name)
             labels = ["Dead" if i % 2 else "Alive" for i in range(len(boxes))] if name == "SOAP_061" else None
-            files[f"{MEMBER_FOLDER}/{name}.png"] = png(name)
-            files[f"{MEMBER_FOLDER}/{name}.xml"] = voc(name, boxes, labels)
+            files[f"{tree_crowns.MEMBER_FOLDER}/{name}.png"] = png(name)
+            files[f"{tree_crowns.MEMBER_FOLDER}/{name}.xml"] = voc(name, boxes, labels)
     info = "deepforest-2.1.0.dist-info"
     files[f"{info}/METADATA"] = b"Metadata-Version: 2.1\nName: deepforest\nVersion: 2.1.0\n"
     files[f"{info}/WHEEL"] = b"Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
@@ -71,7 +70,7 @@ def members() -> dict[str, bytes]:
     return files
 
 
-def write_wheel(folder: Path, files: dict[str, bytes] | None = None) -> tuple[Path, PinnedWheel]:
+def write_wheel(folder: Path, files: dict[str, bytes] | None = None) -> tuple[Path, common.PinnedWheel]:
     """Writes the wheel into `folder` and pins it by its content."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / FILENAME
@@ -79,4 +78,4 @@ def write_wheel(folder: Path, files: dict[str, bytes] | None = None) -> tuple[Pa
         for name, content in (files if files is not None else members()).items():
             archive.writestr(zipfile.ZipInfo(name, date_time=(2026, 1, 1, 0, 0, 0)), content)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return path, PinnedWheel(project="deepforest", version="2.1.0", filename=FILENAME, sha256=digest)
+    return path, common.PinnedWheel(filename=FILENAME, sha256=digest)

@@ -289,7 +289,7 @@ def test_what_the_data_set_has_checked_is_not_read_again(data: Path, monkeypatch
     from castling_det.datasets import config_checks
 
     read: list[str] = []
-    monkeypatch.setattr(config_checks, "check_coco_file", lambda path, **_: read.append(path) or [])
+    monkeypatch.setattr(config_checks, "check_annotation_file", lambda path, **_: read.append(path) or [])
     config = sound(data)
     config.val_dataloader.dataset.type = "CocoDataset"
     config_checks.check_config(config, trust_checked=True)

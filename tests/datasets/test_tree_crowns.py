@@ -1,4 +1,4 @@
-"""Preparation of the tree crowns from a small wheel of the same form, and what comes of failures."""
+"""Preparation of the tree crowns from a small wheel of the same form: what it makes, and what comes of failures."""
 
 from __future__ import annotations
 
@@ -7,78 +7,85 @@ import json
 import subprocess
 import sys
 import threading
+from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
-from castling_det.datasets import stamped_folder, tree_crowns
-from castling_det.datasets.tree_crowns import MEMBER_FOLDER, PreparationError, prepare
-from castling_det.datasets.wheel import PinnedWheel
+from castling_det.datasets.checks import check_annotation_file
+from tests.datasets.converters import FOLDER, common, tree_crowns
+from tests.datasets.fake_wheel import FILENAME, SIZES, members, random_boxes, voc, write_wheel
 
-from .fake_wheel import FILENAME, SIZES, members, random_boxes, voc, write_wheel
-
+PreparationError, PinnedWheel = common.PreparationError, common.PinnedWheel
+MEMBER_FOLDER, prepare = tree_crowns.MEMBER_FOLDER, tree_crowns.prepare
 TRAIN = "2019_YELL_2_528000_4978000_image_crop2"
 VAL = "2019_YELL_2_541000_4977000_image_crop"
+REAL = FOLDER.parents[1] / "data" / "tree_crowns"
+needs_real_data = pytest.mark.skipif(not (REAL / "prepared.json").is_file(), reason="run make data")
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PinnedWheel]:
+def wheel(tmp_path_factory):
     return write_wheel(tmp_path_factory.mktemp("wheel"))
 
 
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory, wheel):
+    """A prepared folder to read, and its summary."""
+    root = tmp_path_factory.mktemp("prepared") / "root"
+    return root, run(root, wheel)[0]
+
+
+def run(root: Path, wheel, **settings):
+    return prepare(root, tile_size=64, wheel=wheel[0], pinned=wheel[1], **settings)
+
+
 def snapshot(root: Path) -> dict[str, tuple[int, bytes]]:
-    """Time and content of every file under `root`, the lock aside."""
-    return {
-        str(path.relative_to(root)): (path.stat().st_mtime_ns, path.read_bytes())
-        for path in sorted(root.rglob("*"))
-        if path.is_file() and path.name != ".lock"
-    }
+    """Time and content of every file under `root`."""
+    files = (path for path in sorted(root.rglob("*")) if path.is_file())
+    return {str(path.relative_to(root)): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
 
 
 def contents(root: Path) -> dict[str, bytes]:
     return {name: content for name, (_, content) in snapshot(root).items() if not name.startswith("cache/")}
 
 
-def load(root: Path, name: str) -> dict:  # type: ignore[type-arg]
-    return json.loads((root / "annotations" / f"{name}.json").read_text())  # type: ignore[no-any-return]
+def load(root: Path, name: str) -> dict[str, Any]:
+    return json.loads((root / "annotations" / f"{name}.json").read_text())
 
 
-def run(root: Path, wheel: tuple[Path, PinnedWheel], **settings) -> tree_crowns.PreparationSummary:  # type: ignore[no-untyped-def]
-    return prepare(root, tile_size=64, wheel=wheel[0], pinned=wheel[1], **settings)
-
-
-def test_splits_images_and_boxes(tmp_path: Path, wheel: tuple[Path, PinnedWheel]) -> None:
-    summary = run(tmp_path, wheel)
-    assert [split.split for split in summary.splits] == ["train", "val", "test"]
+def test_splits_images_and_boxes(prepared):
+    root, summary = prepared
     # 150 x 170 in tiles of 64 with strides of at most 32: 4 x 5; 130 x 90 in the fewest tiles of 64: 3 x 2.
-    assert [split.tiles for split in summary.splits] == [20, 6, 1 + 2]
+    assert [(split["split"], split["tiles"]) for split in summary["splits"]] == [("train", 20), ("val", 6), ("test", 3)]
     for split in ("train", "val", "test"):
         for name, folder in ((split, split), (f"{split}_full", "full")):
-            data = load(tmp_path, name)
+            data = load(root, name)
             assert data["categories"] == [{"id": 1, "name": "tree"}]
             for key in ("images", "annotations"):
                 assert [entry["id"] for entry in data[key]] == list(range(1, len(data[key]) + 1))
             for image in data["images"]:
-                with Image.open(tmp_path / folder / image["file_name"]) as stored:
+                with Image.open(root / folder / image["file_name"]) as stored:
                     assert (stored.size, stored.mode) == ((image["width"], image["height"]), "RGB")
-    assert {path.name for path in (tmp_path / "full").iterdir()} == {f"{name}.png" for name in SIZES}
+    assert {path.name for path in (root / "full").iterdir()} == {f"{name}.png" for name in SIZES}
 
 
-def test_tiles_show_their_part_of_the_source(tmp_path: Path, wheel: tuple[Path, PinnedWheel]) -> None:
-    run(tmp_path, wheel)
-    full = Image.open(tmp_path / "full" / f"{VAL}.png")
-    for image in load(tmp_path, "val")["images"]:
+def test_tiles_show_their_part_of_the_source(prepared):
+    root, _ = prepared
+    full = Image.open(root / "full" / f"{VAL}.png")
+    for image in load(root, "val")["images"]:
         x, y = image["offset"]
-        tile = Image.open(tmp_path / "val" / image["file_name"])
+        tile = Image.open(root / "val" / image["file_name"])
         assert tile.tobytes() == full.crop((x, y, x + image["width"], y + image["height"])).tobytes()
 
 
-def test_full_files_hold_the_source_boxes_and_other_labels(tmp_path: Path, wheel: tuple[Path, PinnedWheel]) -> None:
-    run(tmp_path, wheel)
-    boxes = [(x, y, x + w, y + h) for x, y, w, h in (a["bbox"] for a in load(tmp_path, "val_full")["annotations"])]
+def test_full_files_hold_the_source_boxes_and_other_labels(prepared):
+    root, _ = prepared
+    boxes = [(x, y, x + w, y + h) for x, y, w, h in (a["bbox"] for a in load(root, "val_full")["annotations"])]
     assert boxes == random_boxes(VAL)
-    test = load(tmp_path, "test_full")
+    test = load(root, "test_full")
     soap = next(image["id"] for image in test["images"] if image["source"] == "SOAP_061")
     labels = {a.get("source_label") for a in test["annotations"] if a["image_id"] == soap}
     assert labels == {"Alive", "Dead"}
@@ -86,9 +93,8 @@ def test_full_files_hold_the_source_boxes_and_other_labels(tmp_path: Path, wheel
 
 
 @pytest.mark.parametrize("split", ["val", "test"])
-def test_each_tree_is_evaluated_once(tmp_path: Path, wheel: tuple[Path, PinnedWheel], split: str) -> None:
-    run(tmp_path, wheel)
-    data = load(tmp_path, split)
+def test_each_tree_is_evaluated_once(prepared, split):
+    data = load(prepared[0], split)
     source = {image["id"]: image["source"] for image in data["images"]}
     counted = [(source[a["image_id"]], a["source_box"]) for a in data["annotations"] if not a["iscrowd"]]
     names = sorted({image["source"] for image in data["images"]})
@@ -96,7 +102,7 @@ def test_each_tree_is_evaluated_once(tmp_path: Path, wheel: tuple[Path, PinnedWh
     assert any(a["iscrowd"] for a in data["annotations"]), "the fake boxes must reach over tile borders"
 
 
-def average_precision(data: dict, detections: list) -> float:  # type: ignore[type-arg]
+def average_precision(data: dict[str, Any], detections: list[dict[str, Any]]) -> float:
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
@@ -110,17 +116,11 @@ def average_precision(data: dict, detections: list) -> float:  # type: ignore[ty
     return float(evaluation.stats[1])
 
 
-def test_a_perfect_detector_gets_full_marks(tmp_path: Path, wheel: tuple[Path, PinnedWheel]) -> None:
-    run(tmp_path, wheel)
-    data = load(tmp_path, "val")
+def test_a_perfect_detector_gets_full_marks(prepared):
+    data = load(prepared[0], "val")
     # It finds whatever shows in a tile, with more confidence in the parts that are evaluated elsewhere.
     detections = [
-        {
-            "image_id": a["image_id"],
-            "category_id": 1,
-            "bbox": a["bbox"],
-            "score": 0.9 if a["iscrowd"] else 0.5,
-        }
+        {"image_id": a["image_id"], "category_id": 1, "bbox": a["bbox"], "score": 0.9 if a["iscrowd"] else 0.5}
         for a in data["annotations"]
     ]
     assert average_precision(data, detections) == pytest.approx(1.0)
@@ -129,20 +129,15 @@ def test_a_perfect_detector_gets_full_marks(tmp_path: Path, wheel: tuple[Path, P
     assert average_precision(bare, detections) < 0.9
 
 
-def test_unusable_boxes_are_counted(tmp_path: Path) -> None:
+def test_unusable_boxes_are_counted(tmp_path):
     files = members()
-    boxes = [
-        (10, 10, 30, 30),
-        (10, 10, 30, 30),
-        (-5, 40, 20, 60),
-        (140, 150, 200, 190),
-        (50, 50, 50, 70),
-        (300, 1, 310, 9),
-    ]
+    same, outside = (10, 10, 30, 30), (300, 1, 310, 9)
+    boxes = [same, same, (-5, 40, 20, 60), (140, 150, 200, 190), (50, 50, 50, 70), outside]
     files[f"{MEMBER_FOLDER}/{TRAIN}.xml"] = voc(TRAIN, boxes)
-    summary = run(tmp_path / "root", write_wheel(tmp_path, files))
-    source = summary.splits[0].sources[0]
-    assert (source.boxes, source.clipped, source.dropped_empty, source.dropped_duplicate) == (3, 2, 2, 1)
+    summary, _ = run(tmp_path / "root", write_wheel(tmp_path, files))
+    source = summary["splits"][0]["sources"][0]
+    counts = [source[key] for key in ("boxes", "clipped", "dropped_empty", "dropped_duplicate")]
+    assert counts == [3, 2, 2, 1]
     kept = [a["bbox"] for a in load(tmp_path / "root", "train_full")["annotations"]]
     assert kept == [[10, 10, 20, 20], [0, 40, 20, 20], [140, 150, 10, 20]]
 
@@ -152,173 +147,162 @@ def test_unusable_boxes_are_counted(tmp_path: Path) -> None:
     [
         (b"<annotation>", f"{TRAIN}: not a readable XML"),
         (voc(VAL, []), f"{TRAIN}: <size> says 130 x 90, but its image is 150 x 170"),
-        (voc(TRAIN, [(1, 2, float("nan"), 4)]), "object 0: <bndbox><xmax> is 'nan'"),
+        (voc(TRAIN, [(1, 2, float("nan"), 4)]), r"object 0: <bndbox> holds .*'nan'.*, expected four finite numbers"),
+        (voc(TRAIN, [(1, 2, "wide", 4)]), "expected four finite numbers"),
     ],
 )
-def test_bad_annotations_are_named(tmp_path: Path, xml: bytes, message: str) -> None:
+def test_bad_annotations_are_named(tmp_path, xml, message):
     files = {**members(), f"{MEMBER_FOLDER}/{TRAIN}.xml": xml}
     with pytest.raises(ValueError, match=message):
         run(tmp_path / "root", write_wheel(tmp_path, files))
+    assert not (tmp_path / "root").exists()
 
 
-def test_a_second_run_touches_nothing_and_needs_no_source(
-    tmp_path: Path, wheel: tuple[Path, PinnedWheel], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first = run(tmp_path, wheel)
-    before = snapshot(tmp_path)
+def test_a_second_run_touches_nothing_and_needs_no_source(tmp_path, wheel, monkeypatch):
+    first, reused = run(tmp_path / "root", wheel)
+    assert not reused
+    before = snapshot(tmp_path / "root")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    second = prepare(tmp_path, tile_size=64, pinned=wheel[1])
-    assert snapshot(tmp_path) == before
-    assert second.reused and not first.reused
-    assert second.splits == first.splits
+    assert prepare(tmp_path / "root", tile_size=64, pinned=wheel[1]) == (first, True)
+    assert snapshot(tmp_path / "root") == before
 
 
-def test_same_bytes_in_another_folder(tmp_path: Path, wheel: tuple[Path, PinnedWheel]) -> None:
-    run(tmp_path / "a", wheel)
-    run(tmp_path / "b", wheel)
-    assert contents(tmp_path / "a") == contents(tmp_path / "b")
-
-
-def test_a_changed_setting_or_a_lost_tile_makes_it_anew(tmp_path: Path, wheel: tuple[Path, PinnedWheel]) -> None:
-    run(tmp_path, wheel, train_stride=64)
-    changed = run(tmp_path, wheel)
-    assert not changed.reused
-    assert len(list((tmp_path / "train").iterdir())) == changed.splits[0].tiles == 20
-    whole = contents(tmp_path)
-    tile = next((tmp_path / "train").iterdir())
+def test_a_changed_setting_or_a_lost_tile_makes_it_anew(tmp_path, wheel, prepared):
+    root = tmp_path / "root"
+    run(root, wheel, train_stride=64)
+    assert not run(root, wheel)[1]
+    whole = contents(root)
+    assert whole == contents(prepared[0]), "the same bytes in any folder"
+    tile = next((root / "train").iterdir())
     for damage in (tile.unlink, lambda: tile.write_bytes(b"")):
         damage()
-        assert not run(tmp_path, wheel).reused
-        assert contents(tmp_path) == whole
+        assert not run(root, wheel)[1]
+        assert contents(root) == whole
 
 
 @pytest.mark.parametrize("failure", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
-def test_an_interrupted_run_keeps_the_old_set_and_starts_again(
-    tmp_path: Path, wheel: tuple[Path, PinnedWheel], monkeypatch: pytest.MonkeyPatch, failure: BaseException
-) -> None:
-    run(tmp_path, wheel, train_stride=64)
-    old = snapshot(tmp_path)
-    written = 0
+def test_an_interrupted_run_keeps_the_old_set_and_starts_again(tmp_path, wheel, prepared, monkeypatch, failure):
+    root = tmp_path / "root"
+    run(root, wheel, train_stride=64)
+    old, write, written = snapshot(root), Image.Image.save, []
 
-    def failing(image: Image.Image, path: Path) -> None:
-        nonlocal written
-        written += 1
-        if written > 7:
+    def failing(*args, **kwargs):
+        written.append(args)
+        if len(written) == 8:
             raise failure
-        image.save(path)
+        write(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tree_crowns, "save_png", failing)
+        patch.setattr(Image.Image, "save", failing)
         with pytest.raises(type(failure)):
-            run(tmp_path, wheel)
-    assert written == 8
-    assert snapshot(tmp_path) == old
-    assert run(tmp_path, wheel, train_stride=64).reused
-    run(tmp_path, wheel)
-    run(tmp_path / "clean", wheel)
-    clean = contents(tmp_path / "clean")
-    assert {name: content for name, content in contents(tmp_path).items() if not name.startswith("clean")} == clean
+            run(root, wheel)
+    assert len(written) == 8 and snapshot(root) == old
+    assert run(root, wheel, train_stride=64)[1]
+    run(root, wheel)
+    assert contents(root) == contents(prepared[0])
 
 
-@pytest.mark.parametrize("first_run", [True, False])
-def test_a_run_killed_while_moving_files_starts_again(
-    tmp_path: Path, wheel: tuple[Path, PinnedWheel], monkeypatch: pytest.MonkeyPatch, first_run: bool
-) -> None:
-    if not first_run:
-        run(tmp_path, wheel, train_stride=64)
-    rename = Path.rename
+@pytest.mark.parametrize("before", ["nothing", "an older set"])
+@pytest.mark.parametrize("renames", [0, 1, 2])
+def test_a_run_killed_while_moving_folders_leaves_a_whole_set_or_none(
+    tmp_path, wheel, prepared, monkeypatch, before, renames
+):
+    root = tmp_path / "root"
+    if before == "an older set":
+        run(root, wheel, train_stride=64)
+    (root / "cache").mkdir(parents=True, exist_ok=True)
+    rename, left = Path.rename, [renames]
 
-    def failing(self: Path, target: Path) -> Path:
-        if self.name == "val":
-            raise KeyboardInterrupt
+    def failing(self, target):
+        if self.name == "root" or self.parent == tmp_path or self.name == "cache":
+            if not left[0]:
+                raise KeyboardInterrupt
+            left[0] -= 1
         return rename(self, target)
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", failing)
         with pytest.raises(KeyboardInterrupt):
-            run(tmp_path, wheel)
-    assert not (tmp_path / "val").exists()
-    # As if killed: a half-filled staging folder is left as well.
-    (tmp_path / stamped_folder.STAGING).mkdir()
-    (tmp_path / stamped_folder.STAGING / "train").touch()
-    assert not run(tmp_path, wheel).reused
-    assert run(tmp_path, wheel).reused
-    assert not (tmp_path / stamped_folder.STAGING).exists()
+            run(root, wheel)
+    assert not contents(root) or run(root, wheel, train_stride=64)[1], "the older set as it was, or nothing"
+    staging = tmp_path / ".root.partial" / "train"  # a kill leaves the half-filled folder as well
+    staging.mkdir(parents=True)
+    assert not run(root, wheel)[1]
+    assert contents(root) == contents(prepared[0])
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".root.lock", "root"]
 
 
-def test_two_runs_at_once_do_the_work_once(tmp_path: Path, wheel: tuple[Path, PinnedWheel]) -> None:
-    summaries = []
-    threads = [threading.Thread(target=lambda: summaries.append(run(tmp_path, wheel))) for _ in range(3)]
+def test_two_runs_at_once_do_the_work_once(tmp_path, wheel):
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(run(tmp_path / "root", wheel)[1])) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(summary.reused for summary in summaries) == [False, True, True]
+    assert sorted(found) == [False, True, True]
 
 
-def test_a_folder_with_other_files_is_not_replaced(tmp_path: Path, wheel: tuple[Path, PinnedWheel]) -> None:
-    (tmp_path / "train").mkdir()
-    (tmp_path / "train" / "mine.txt").write_text("precious")
-    with pytest.raises(PreparationError, match="already holds train, not made by this preparation"):
-        run(tmp_path, wheel)
-    assert (tmp_path / "train" / "mine.txt").read_text() == "precious"
+@pytest.mark.parametrize("prepared_before", [False, True])
+def test_a_folder_with_other_files_is_not_replaced(tmp_path, wheel, prepared_before):
+    if prepared_before:
+        run(tmp_path / "root", wheel, train_stride=64)
+    mine = tmp_path / "root" / "train" / "mine.txt"
+    mine.parent.mkdir(parents=True, exist_ok=True)
+    mine.write_text("precious")
+    with pytest.raises(PreparationError, match=r"holds train/mine\.txt \(1 such files\), not made by this preparation"):
+        run(tmp_path / "root", wheel)
+    assert mine.read_text() == "precious"
 
 
-def test_members_that_lead_out_of_the_folder_are_never_written(tmp_path: Path) -> None:
+def test_members_that_lead_out_of_the_folder_are_never_written(tmp_path):
     names = ("../evil.txt", f"{MEMBER_FOLDER}/../../../evil.txt", f"{tmp_path}/evil.txt")
-    evil = {name: b"evil" for name in names}
-    run(tmp_path / "a" / "root", write_wheel(tmp_path / "wheel", {**members(), **evil}))
+    run(tmp_path / "a" / "root", write_wheel(tmp_path / "wheel", {**members(), **dict.fromkeys(names, b"evil")}))
     assert not [path for path in tmp_path.rglob("evil*")]
 
 
-def test_a_wheel_without_the_images_is_refused(tmp_path: Path) -> None:
+def test_a_wheel_without_the_images_is_refused(tmp_path):
     files = {name: content for name, content in members().items() if "OSBS" not in name}
     with pytest.raises(PreparationError, match=r"does not hold what is needed: .*OSBS_029\.png"):
         run(tmp_path / "root", write_wheel(tmp_path, files))
 
 
-def test_wrong_content_is_refused(tmp_path: Path, wheel: tuple[Path, PinnedWheel]) -> None:
+def test_a_wheel_with_other_content_is_refused(tmp_path, wheel):
     other = tmp_path / FILENAME
     other.write_bytes(wheel[0].read_bytes() + b"x")
-    with pytest.raises(PreparationError, match=rf"SHA-256 is [0-9a-f]{{64}}, expected {wheel[1].sha256}"):
-        prepare(tmp_path / "root", wheel=other, pinned=wheel[1])
-    with pytest.raises(PreparationError, match="no such file"):
-        prepare(tmp_path / "root", wheel=tmp_path / "none.whl", pinned=wheel[1])
-    assert not (tmp_path / "root" / "annotations").exists()
+    for path in (other, tmp_path / "none.whl"):
+        with pytest.raises(PreparationError, match=rf"--wheel {path}: expected .* SHA-256 {wheel[1].sha256}"):
+            prepare(tmp_path / "root", wheel=path, pinned=wheel[1])
+    assert not (tmp_path / "root").exists()
 
 
-def serve(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+def serve(monkeypatch, folder):
     """pip looks into `folder` and nowhere else."""
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
 
 
-def test_downloads_with_pip_and_repairs_a_damaged_copy(
-    tmp_path: Path, wheel: tuple[Path, PinnedWheel], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_downloads_with_pip_and_repairs_a_damaged_copy(tmp_path, wheel, monkeypatch):
     serve(monkeypatch, wheel[0].parent)
-    cached = tmp_path / "cache" / FILENAME
-    cached.parent.mkdir()
+    cached = tmp_path / "root" / "cache" / FILENAME
+    cached.parent.mkdir(parents=True)
     cached.write_bytes(b"half a download")
-    assert not prepare(tmp_path, tile_size=64, pinned=wheel[1]).reused
+    assert not prepare(tmp_path / "root", tile_size=64, pinned=wheel[1])[1]
     assert cached.read_bytes() == wheel[0].read_bytes()
     assert [path.name for path in cached.parent.iterdir()] == [FILENAME]
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    assert not prepare(tmp_path / "root", tile_size=64, train_stride=64, pinned=wheel[1])[1], "the copy is kept"
 
 
-def test_a_download_with_other_content_is_refused(
-    tmp_path: Path, wheel: tuple[Path, PinnedWheel], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_download_with_other_content_is_refused(tmp_path, wheel, monkeypatch):
     other, _ = write_wheel(tmp_path / "other", {**members(), "extra.txt": b"x"})
     serve(monkeypatch, other.parent)
-    with pytest.raises(PreparationError, match="The package index serves another file"):
+    with pytest.raises(PreparationError, match=rf"(?s)DO NOT MATCH THE HASHES|Expected sha256 {wheel[1].sha256}"):
         prepare(tmp_path / "root", pinned=wheel[1])
     assert list((tmp_path / "root" / "cache").iterdir()) == []
 
 
-def test_an_index_out_of_reach_says_what_to_do(
-    tmp_path: Path, wheel: tuple[Path, PinnedWheel], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_index_out_of_reach_says_what_to_do(tmp_path, wheel, monkeypatch):
     serve(monkeypatch, tmp_path)
     with pytest.raises(PreparationError) as caught:
         prepare(tmp_path / "root", pinned=wheel[1])
@@ -326,53 +310,61 @@ def test_an_index_out_of_reach_says_what_to_do(
         assert part in str(caught.value)
 
 
-def test_a_missing_pip_says_what_to_do(
-    tmp_path: Path, wheel: tuple[Path, PinnedWheel], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    python = tmp_path / "python"
-    python.write_text('#!/bin/sh\necho "$0: No module named pip" >&2\nexit 1\n')
-    python.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(python))
-    with pytest.raises(PreparationError, match=r"has no pip.*ensurepip.*--wheel FILE"):
-        prepare(tmp_path / "root", pinned=wheel[1])
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"tile_size": 8}, "tile_size=8"),
-        ({"train_stride": 300}, "train_stride=300"),
-        ({"min_visible": 2.0}, "min_visible=2.0"),
-    ],
-)
-def test_impossible_settings_are_named(tmp_path: Path, settings: dict, message: str) -> None:  # type: ignore[type-arg]
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize("settings", [{"tile_size": 8}, {"train_stride": 300}, {"min_visible": 2.0}])
+def test_impossible_settings_are_named(tmp_path, settings):
+    ((name, value),) = settings.items()
+    with pytest.raises(ValueError, match=f"{name}={value}: expected"):
         prepare(tmp_path / "root", **settings)
     assert not (tmp_path / "root").exists()
 
 
-def test_the_command_reports_errors_without_a_traceback(tmp_path: Path) -> None:
-    script = Path(__file__).parents[2] / "tools" / "prepare_tree_crowns.py"
-    command = [
-        sys.executable,
-        str(script),
-        "--root",
-        str(tmp_path / "root"),
-        "--wheel",
-        str(tmp_path / "none.whl"),
-    ]
-    environment = {"PYTHONPATH": str(script.parents[1]), "PATH": ""}
+def test_the_command_reports_errors_without_a_traceback(tmp_path):
+    command = [sys.executable, str(FOLDER / "tree_crowns.py"), "--root", str(tmp_path / "root"), "--wheel", "none.whl"]
+    environment = {"PYTHONPATH": str(FOLDER.parents[1]), "PATH": ""}
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert result.returncode == 1
-    assert result.stderr.strip().splitlines()[-1].startswith("error: --wheel")
-    assert "Traceback" not in result.stderr
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert result.stderr.strip().splitlines()[-1].startswith("error: --wheel none.whl")
 
 
-def test_preparation_and_checks_import_without_mmdetection() -> None:
-    code = (
-        "import sys, castling_det.datasets.tree_crowns, castling_det.datasets.checks; "
-        "print([name for name in ('torch', 'mmengine', 'mmcv', 'mmdet') if name in sys.modules])"
-    )
-    root = str(Path(__file__).parents[2])
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True)
-    assert result.stdout.strip() == "[]"
+@needs_real_data
+def test_the_real_data_hold_every_tree_of_their_sources():
+    stamp = json.loads((REAL / "prepared.json").read_text())
+    assert stamp["request"]["source_sha256"] == tree_crowns.DEEPFOREST.sha256
+    counts = [source["boxes"] for split in stamp["summary"]["splits"] for source in split["sources"]]
+    assert counts == [574, 279, 61, 37]
+    assert [len(load(REAL, f"{split}_full")["annotations"]) for split in ("train", "val", "test")] == [574, 279, 98]
+
+
+@needs_real_data
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_tiles_of_the_real_data_agree_with_the_whole_images(split):
+    whole = {key: value[0][0] for key, value in _by_source(load(REAL, f"{split}_full")).items()}
+    tiled = _by_source(load(REAL, split))
+    assert tiled.keys() == whole.keys(), "each tree shows in some tile"
+    for key, parts in tiled.items():
+        x0, y0, x1, y1 = whole[key]
+        assert all(x0 <= a < c <= x1 and y0 <= b < d <= y1 for (a, b, c, d), _ in parts)
+        counted = [box for box, ignored in parts if not ignored]
+        assert len(counted) == 1 if split != "train" else len(counted) >= 1
+        a, b, c, d = counted[0]
+        assert (c - a) * (d - b) >= 0.4 * (x1 - x0) * (y1 - y0)
+
+
+def _by_source(data):
+    """Boxes in source coordinates, and whether each is ignored, by source image and box number."""
+    images = {image["id"]: image for image in data["images"]}
+    found = defaultdict(list)
+    for a in data["annotations"]:
+        image = images[a["image_id"]]
+        (x, y), (left, top, width, height) = image["offset"], a["bbox"]
+        box = [left + x, top + y, left + x + width, top + y + height]
+        found[image["source"], a["source_box"]].append((box, bool(a["iscrowd"])))
+    return found
+
+
+@needs_real_data
+@pytest.mark.parametrize("name", ["train", "val", "test", "train_full", "val_full", "test_full"])
+def test_the_real_data_pass_our_own_checks(name):
+    folder = REAL / ("full" if name.endswith("_full") else name)
+    path = REAL / "annotations" / f"{name}.json"
+    assert check_annotation_file(path, classes=("tree",), image_root=folder) == []

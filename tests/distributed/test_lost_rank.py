@@ -12,7 +12,7 @@ import pytest
 import torch
 from mmengine.config import Config
 
-from castling_det.experiments import mmdet_tool
+from castling_det.compat.host import mmdet_tool
 from tests.distributed.ranks import train_in_ranks
 from tests.distributed.settings import CONFIG, ITERATIONS, ROOT, options, write_data
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from castling_det.conversion import load_checkpoint
 from castling_det.report.attention_maps import read_picture
-from castling_det.report.record import read_report
+from castling_det.report.records import read_report
 
 ROOT = Path(__file__).parents[2]
 TUTORIAL = ROOT / "docs" / "tutorial.md"

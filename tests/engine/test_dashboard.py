@@ -19,7 +19,7 @@ CONFIG = ROOT / "configs" / "castling_vit" / "gfl_castling-vit-nano_castling_tre
 MAX_ITERS = 4
 
 needs_data = pytest.mark.skipif(
-    not (DATA / "prepared.json").is_file(), reason="run tools/prepare_tree_crowns.py (make test does)"
+    not (DATA / "prepared.json").is_file(), reason="run make data"
 )
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from castling_det.conversion import load_checkpoint
-from castling_det.report.scalars import read_training_log
+from castling_det.report.work_dirs import read_training_log
 from tests.engine.training import EXACT, ITERATIONS, WHOLE, Dies, checkpoint_hook, result, run
 
 OURS = {"exact_resume": EXACT, **checkpoint_hook(WHOLE)}

@@ -21,7 +21,12 @@ class TinyModel(BaseModel):
     def __init__(self, attention="castling", threshold_unit="absolute"):
         super().__init__()
         self.backbone = CastlingViT(
-            16, depth=2, num_heads=2, img_size=32, attention=attention, threshold_unit=threshold_unit, threshold=0.26
+            16,
+            depth=2,
+            num_heads=2,
+            img_size=32,
+            attention=attention,
+            attn_cfg=dict(threshold_unit=threshold_unit, threshold=0.26),
         )
         self.seen = []
 

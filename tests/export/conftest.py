@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import copy
 
-import mmdet
 import pytest
 import torch
 from mmengine.config import Config
 from torch import nn
 
-from castling_det.compat.host import release
 from castling_det.conversion.detectors import build_detector
 
 PREPROCESSOR = dict(
@@ -53,9 +51,6 @@ GFL_HEAD = dict(
 )
 PYRAMID = dict(type="castling_det.SimpleFeaturePyramid", in_channels=16, in_stride=8, out_channels=16)
 DELTAS = dict(type="DeltaXYWHBBoxCoder", target_means=[0.0] * 4, target_stds=[0.5] * 4)
-
-DEFORMABLE = dict(embed_dims=16, num_heads=2, num_levels=2, num_points=2, dropout=0.0)
-FFN = dict(embed_dims=16, feedforward_channels=32, ffn_drop=0.0)
 
 MODELS = {
     "gfl_vit": dict(type="GFL", backbone=VIT, neck=dict(PYRAMID, out_strides=(8, 16)), bbox_head=GFL_HEAD),
@@ -161,38 +156,6 @@ MODELS = {
             ),
         ),
     ),
-    "dino_vit": dict(
-        type="DINO",
-        num_queries=20,
-        with_box_refine=True,
-        as_two_stage=True,
-        num_feature_levels=2,
-        backbone=VIT,
-        neck=dict(PYRAMID, out_strides=(8, 16)),
-        encoder=dict(num_layers=1, layer_cfg=dict(self_attn_cfg=DEFORMABLE, ffn_cfg=FFN)),
-        decoder=dict(
-            num_layers=2,
-            return_intermediate=True,
-            layer_cfg=dict(
-                self_attn_cfg=dict(embed_dims=16, num_heads=2, dropout=0.0), cross_attn_cfg=DEFORMABLE, ffn_cfg=FFN
-            ),
-            post_norm_cfg=None,
-        ),
-        positional_encoding=dict(num_feats=8, normalize=True, offset=0.0, temperature=20),
-        bbox_head=dict(
-            type="DINOHead",
-            num_classes=3,
-            embed_dims=16,
-            sync_cls_avg_factor=True,
-            loss_cls=dict(type="FocalLoss", use_sigmoid=True),
-            loss_bbox=dict(type="L1Loss"),
-            loss_iou=dict(type="GIoULoss"),
-        ),
-        dn_cfg=dict(
-            label_noise_scale=0.5, box_noise_scale=1.0, group_cfg=dict(dynamic=True, num_groups=None, num_dn_queries=10)
-        ),
-        test_cfg=dict(max_per_img=30),
-    ),
 }  # fmt: skip
 PIPELINE = [
     dict(type="LoadImageFromFile"),
@@ -211,16 +174,13 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def tiny_config(family, **backbone):
+def tiny_config(family):
     """The config of a small detector."""
-    if family == "dino_vit" and release(mmdet.__version__) < (3, 4):
-        pytest.skip(f"mmdet {mmdet.__version__}: its DINO works with 256 channels only")
     model = copy.deepcopy(MODELS[family])
     model["data_preprocessor"] = PREPROCESSOR
     model.setdefault("test_cfg", DENSE_TEST)
     if model["type"] == "MaskRCNN":
         model["train_cfg"] = None
-    model["backbone"] = dict(model["backbone"], **backbone)
     dataset = dict(type="CocoDataset", metainfo=dict(classes=("tree", "shrub", "rock")), pipeline=PIPELINE)
     return Config(dict(default_scope="mmdet", model=model, test_dataloader=dict(dataset=dataset)))
 
@@ -245,8 +205,8 @@ def randomised(model, seed=0):
 def tiny():
     """`tiny(family)` gives config and detector."""
 
-    def make(family, **backbone):
-        config = tiny_config(family, **backbone)
+    def make(family):
+        config = tiny_config(family)
         return config, randomised(build_detector(config))
 
     return make

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from castling_det.export.sizes import keep_sizes_simple
+from castling_det.export.network import keep_sizes_simple
 
 GEOMETRIES = [(7, 4, 3), (3, 2, 1), (3, 4, 1), (3, 8, 1), (5, 2, 2), (2, 2, 0), ((3, 5), (2, 4), (1, 2))]
 

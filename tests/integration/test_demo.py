@@ -10,16 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from castling_det.report.record import read_report
+from castling_det.report.records import read_report
 
 ROOT = Path(__file__).resolve().parents[2]
 # Enough for scores over the threshold of a prediction: without one box there is no mAP to report.
 MAX_ITERS = "60"
 DATA = ROOT / "data" / "tree_crowns"
 
-pytestmark = pytest.mark.skipif(
-    not (DATA / "annotations" / "val.json").is_file(), reason="run tools/prepare_tree_crowns.py (make test does)"
-)
+pytestmark = pytest.mark.skipif(not (DATA / "annotations" / "val.json").is_file(), reason="run make data")
 
 
 def demo(work_dir, *options):
@@ -71,6 +69,8 @@ def test_a_second_run_does_nothing_again(finished):
     assert result.returncode == 0 and result.stdout.count("done before") == 7
 
 
-def test_missing_data_is_named(tmp_path):
+def test_data_that_cannot_be_prepared_are_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
     result = demo(tmp_path / "w", "--data-root", str(tmp_path / "nothing"))
-    assert result.returncode == 1 and "run tools/prepare_tree_crowns.py --root" in result.stderr
+    assert result.returncode == 1 and "pip could not download deepforest==2.1.0" in result.stderr
+    assert "train.json is missing; it is written by" in result.stderr.splitlines()[-1]

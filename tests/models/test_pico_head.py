@@ -2,61 +2,31 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
-from mmdet.registry import TASK_UTILS
 from mmengine.config import ConfigDict
 from mmengine.structures import InstanceData
 from torch import nn
 
 from castling_det.models import PicoHead, VarifocalSimOTAAssigner
 from tests.compare import assert_parity, errors
-from tests.models.test_csp_pan import PUBLISHED, conv_bn, neck_params, separable
+from tests.models.test_csp_pan import PUBLISHED, separable
 from tests.oracles import picodet as oracle
 
-BASES = Path(__file__).resolve().parents[2] / "configs" / "_base_"
-MODEL = BASES / "models" / "picodet_csppan_pico-head.py"
 ASSIGNER = dict(type="castling_det.VarifocalSimOTAAssigner")
 TEST_CFG = ConfigDict(
     nms_pre=1000, min_bbox_size=0, score_thr=0.025, nms=dict(type="nms", iou_threshold=0.6), max_per_img=100
 )
 STRIDES = (8, 16, 32, 64)
 
-# PaddleDetection, configs/picodet/legacy_model: PicoHead.conv_feat.num_convs and the parameters, in millions, of the
-# model zoo's table; ESNet's scale and channel ratios from the same files.
+# PaddleDetection, configs/picodet/legacy_model: PicoHead.conv_feat.num_convs.
 STACKED_CONVS = {"s": 2, "m": 4, "l": 4}
-MODEL_ZOO = {"s": 0.99, "m": 2.15, "l": 3.30}
-RATIOS_S = (0.875, 0.5, 0.5, 0.5, 0.625, 0.5, 0.625, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5)
-RATIOS_M = (0.875, 0.5, 1.0, 0.625, 0.5, 0.75, 0.625, 0.625, 0.5, 0.625, 1.0, 0.625, 0.75)
 
 
 def head_params(width, stacked_convs, num_classes=80):
     """A tower and a 1x1 with bias, to scores and 4 distributions of 8 bins, at each of four levels."""
     outputs = num_classes + 4 * 8
     return 4 * (stacked_convs * separable(width) + width * outputs + outputs)
-
-
-def esnet_params(channels, ratios):
-    """ESNet: a 3x3, then stages of 3, 7, 3 blocks; the first of a stage halves the map."""
-
-    def squeeze(width):
-        return width * (width // 4) * 2 + width // 4 + width
-
-    count, widths, remaining = conv_bn(3, 24, 3), (24, *channels), list(ratios)
-    for stage, repeats in enumerate((3, 7, 3)):
-        before, width = widths[stage : stage + 2]
-        for block in range(repeats):
-            inner = max(8, int(int(width * remaining.pop(0)) + 4) // 8 * 8)
-            half, other = inner // 2, width // 2
-            if block:
-                count += conv_bn(other, half) + conv_bn(half, half, 3, half) + squeeze(inner) + conv_bn(inner, other)
-                continue
-            count += conv_bn(before, before, 3, before) + conv_bn(before, other)
-            count += conv_bn(before, half) + conv_bn(half, half, 3, half) + squeeze(half) + conv_bn(half, other)
-            count += conv_bn(width, width, 3, width) + conv_bn(width, width)
-    return count
 
 
 def small(**options):
@@ -91,16 +61,9 @@ TRUTHS = [
 
 @pytest.mark.parametrize("size", PUBLISHED)
 def test_parameters_are_the_published_ones(size):
-    in_channels, width = PUBLISHED[size]
+    _, width = PUBLISHED[size]
     head = PicoHead(80, width, feat_channels=width, stacked_convs=STACKED_CONVS[size])
-    expected = head_params(width, STACKED_CONVS[size])
-    assert sum(p.numel() for p in head.parameters()) == expected
-    # With the published backbone the two add up to the published total: the layer lists leave nothing out.
-    total = (
-        esnet_params(in_channels, RATIOS_S if size == "s" else RATIOS_M) + neck_params(in_channels, width) + expected
-    )
-    # The table cuts 3.305 million to 3.30.
-    assert total // 10_000 == round(100 * MODEL_ZOO[size])
+    assert sum(p.numel() for p in head.parameters()) == head_params(width, STACKED_CONVS[size])
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -158,39 +121,12 @@ def test_assignment_is_that_of_the_equations():
     assert all_conflicts > 5
 
 
-def hand_made_case():
-    """One box over the middle of 4 x 4 points of stride 8; four points are inside, all are near the centre.
-
-    Index 5 predicts the box exactly; 6, 9 and 10 a box of IoU 0.6, with scores 0.6, 0.95 and 0.1 of its class. Index 0,
-    outside, has IoU 0.6 and score 0.6 too. The IoUs add up to 3.4 with 0 counted: three picks.
-    """
+@pytest.mark.parametrize("boxes", [[], [[300, 300, 302, 302]]], ids=["no box", "no prior near it"])
+def test_without_candidates_nothing_is_assigned(boxes):
     priors = torch.tensor([[x * 8 + 4, y * 8 + 4, 8, 8] for y in range(4) for x in range(4)]).float()
-    boxes = torch.tensor([[200.0, 200, 210, 210]]).repeat(16, 1)
-    scores = torch.full((16, 2), 0.01)
-    for index, width, score in ((5, 20.0, 0.9), (6, 12.0, 0.6), (9, 12.0, 0.95), (10, 12.0, 0.1), (0, 12.0, 0.6)):
-        boxes[index] = torch.tensor([6.0, 6, 6 + width, 26])
-        scores[index, 1] = score
-    return InstanceData(priors=priors, bboxes=boxes, scores=scores), truth_of([[6, 6, 26, 26]], [1], torch.float32)
-
-
-def test_assignment_of_a_hand_made_case():
-    predictions, truth = hand_made_case()
-    # 1 + 4 * 0.6 = 3.4 picks three: the exact one, and of the inner ones those whose score is nearest to the IoU.
-    # Varifocal loss at 0.6: 0.40 for 0.6, 0.74 for 0.95, 0.85 for 0.1.
-    picks = VarifocalSimOTAAssigner().assign(predictions, truth)
-    assert picks.gt_inds.nonzero().flatten().tolist() == [5, 6, 9]
-    predictions.scores[9, 1] = 0.9999
-    # Overconfident: 0.6 * (0.4 * 9.2) = 2.2 is worse than 0.85; cross entropy against the label would still take it.
-    assert VarifocalSimOTAAssigner().assign(predictions, truth).gt_inds.nonzero().flatten().tolist() == [5, 6, 10]
-    bare_label = TASK_UTILS.build(dict(type="mmdet.SimOTAAssigner", iou_weight=6.0))
-    assert bare_label.assign(predictions, truth).gt_inds.nonzero().flatten().tolist() == [5, 6, 9]
-
-
-def test_no_candidate_and_no_box_assign_nothing():
-    predictions, _ = hand_made_case()
-    for truth in (truth_of([], [], torch.float32), truth_of([[300, 300, 302, 302]], [0], torch.float32)):
-        result = VarifocalSimOTAAssigner().assign(predictions, truth)
-        assert result.gt_inds.tolist() == [0] * 16 and result.labels.tolist() == [-1] * 16
+    predictions = InstanceData(priors=priors, bboxes=torch.rand(16, 4).cumsum(1), scores=torch.rand(16, 2))
+    result = VarifocalSimOTAAssigner().assign(predictions, truth_of(boxes, [0] * len(boxes), torch.float32))
+    assert result.gt_inds.tolist() == [0] * 16 and result.labels.tolist() == [-1] * 16
 
 
 def certain(*distances):
@@ -275,17 +211,26 @@ def test_scores_start_at_one_in_a_hundred():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_losses_under_autocast(dtype):
+def test_half_precision_at_640_has_room_for_the_areas_of_boxes(dtype):
+    """A box of 600 x 600 pixels has 360,000 of them, and float16 ends at 65,504: losses and picks are float32's."""
     torch.manual_seed(0)
     head = small()
     head.init_weights()
-    features = [torch.randn(2, 8, 64 // stride, 96 // stride) for stride in STRIDES]
-    truths = [truth_of(*truth, dtype=torch.float32) for truth in TRUTHS]
+    features = [torch.randn(1, 8, 640 // stride, 640 // stride) for stride in STRIDES]
+    truths = [truth_of([[20, 20, 620, 620], [100, 300, 400, 630]], [0, 2], dtype=torch.float32)]
+    found = []
+    assign = head._assign
+    head._assign = lambda *inputs: found.append(assign(*inputs)) or found[-1]
     with torch.autocast("cpu", dtype=dtype):
         outputs = head(features)
-        losses = head.loss_by_feat(*outputs, truths, [{}, {}])
-    assert all(x.dtype == torch.float32 for maps in outputs for x in maps)
-    expected = head.loss_by_feat(*head(features), truths, [{}, {}])
+        losses = head.loss_by_feat(*outputs, truths, [{}])
+    head.half() if dtype == torch.float16 else head.bfloat16()
+    halved = head([x.to(dtype) for x in features])
+    head.float()
+    assert all(x.dtype == torch.float32 for maps in (*outputs, *halved) for x in maps)
+    # The same maps in float32: what is left is the rounding of the expectations.
+    expected = head.loss_by_feat(*outputs, truths, [{}])
+    assert found[0].max() == 2 and torch.equal(found[0], found[1])
     for name, loss in losses.items():
         assert loss.dtype == torch.float32
         torch.testing.assert_close(loss, expected[name], rtol=0.05, atol=0)

@@ -27,8 +27,6 @@ window.addEventListener("load", () => {
   const size = e => { const r = e.getBoundingClientRect(); return [r.width, r.height]; };
   const found = {
     images: [...document.images].map(i => ({whole: i.complete && i.naturalWidth > 0, size: size(i)})),
-    plots: [...document.querySelectorAll("svg.plot")].map(s => ({
-      name: s.getAttribute("aria-label"), size: size(s), drawn: s.querySelectorAll("path, use, text").length})),
     overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth,
     height: document.documentElement.scrollHeight};
   const pre = document.createElement("pre");
@@ -39,7 +37,7 @@ window.addEventListener("load", () => {
 
 
 class Shown(NamedTuple):
-    """`found` as the probe has it: images, plots, overflow in pixels to the right, height in pixels."""
+    """`found` as the probe has it: images, overflow in pixels to the right, height in pixels."""
 
     found: dict[str, Any]
     console: list[str]

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
-from castling_det.report import Annotations, RunSpec, build_report, comparison_pictures, html_page
+from castling_det.report.build import build_report, comparison_pictures
+from castling_det.report.evaluation import Annotations
 from castling_det.report.gallery import Row
-from castling_det.report.record import Report
+from castling_det.report.records import Report
+from castling_det.report.render import html_page
+from castling_det.report.runs import RunSpec
 from tests.report.samples import write_benchmark, write_data, write_demo
 
 
@@ -35,3 +42,28 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
 def demo_page(demo: Demo) -> str:
     """The HTML page of `demo`, with its pictures."""
     return html_page(demo.report, demo.pictures)
+
+
+class Result(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+Tool = Callable[..., Result]
+
+
+@pytest.fixture
+def tool(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Tool:
+    """Runs a file of tools/ as `python tools/NAME` does, in this process: starting another takes seconds."""
+
+    def run(name: str, *arguments: object) -> Result:
+        path = Path(__file__).parents[2] / "tools" / name
+        monkeypatch.setattr(sys, "argv", [str(path), *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(path), run_name="__main__")
+        assert isinstance(stop.value.code, int)
+        return Result(stop.value.code, *capsys.readouterr())
+
+    return run

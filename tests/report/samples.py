@@ -1,4 +1,4 @@
-"""Work dirs of the very form that MMDetection's tools leave, small, from seeded random numbers."""
+"""Work dirs of the very form that MMDetection's tools leave, small, from seeded random numbers; records by hand."""
 
 from __future__ import annotations
 
@@ -10,12 +10,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from castling_det.analysis.benchmark import BenchmarkReport, BenchmarkRow, Timing
-from castling_det.analysis.benchmark.record import write_benchmark_json
 from castling_det.report.evaluation import evaluate_boxes
-from castling_det.report.record import METRICS
-from tests.report.records import MACHINE
+from castling_det.report.records import METRICS, Machine, Report, RunRecord
 
+MACHINE = Machine(torch="2.11.0", device="cpu", cpu="a CPU", threads=2, python="3.11.7", commit=None)
 CONFIG = """\
 default_scope = "mmdet"
 randomness = dict(seed={seed})
@@ -35,6 +33,25 @@ work_dir = "work_dirs/x"
 """
 
 
+def make_report(*runs: RunRecord) -> Report:
+    """`runs` compared with `softmax`, of which `deploy` is shipped."""
+    return Report("softmax", "deploy", "data", "command", "now", MACHINE, runs)
+
+
+def make_run(name: str, seed: int | None, mAP: float | None, **fields: Any) -> RunRecord:
+    """A run with two metrics, or a failed one where `mAP` is None."""
+    if mAP is None:
+        return RunRecord(name, reason="it | broke\nbadly <here>", seed=seed, **fields)
+    return RunRecord(name, **{"seed": seed, "metrics": {"mAP": mAP, "mAP50": 2 * mAP}, **fields})
+
+
+def dump(path: Path, value: object) -> Path:
+    """Writes JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value))
+    return path
+
+
 def write_data(root: Path, *, images: int = 6, side: int = 64, seed: int = 0) -> tuple[Path, Path]:
     """Noise images with a few boxes each, one of them a crowd; returns the annotation file and the image folder."""
     random = np.random.default_rng(seed)
@@ -51,9 +68,7 @@ def write_data(root: Path, *, images: int = 6, side: int = 64, seed: int = 0) ->
                 {"id": len(document["annotations"]) + 1, "image_id": image_id, "category_id": 1,
                  "bbox": [x, y, 16, 18], "area": 288, "iscrowd": int(index == 3)}
             )  # fmt: skip
-    path = root / "val.json"
-    path.write_text(json.dumps(document))
-    return path, folder
+    return dump(root / "val.json", document), folder
 
 
 def write_predictions(path: Path, annotations: Path, *, skip: int = 0, seed: int = 0) -> None:
@@ -68,13 +83,12 @@ def write_predictions(path: Path, annotations: Path, *, skip: int = 0, seed: int
         x, y, width, height = annotation["bbox"]
         shift = random.uniform(-1, 1, 2).tolist()
         rows.append(
-            {"image_id": image_id, "category_id": 1, "score": float(random.uniform(0.4, 1)),
+            {"image_id": image_id, "category_id": annotation["category_id"], "score": float(random.uniform(0.4, 1)),
              "bbox": [x + shift[0], y + shift[1], width, height]}
         )  # fmt: skip
     rows.append({"image_id": 0, "category_id": 1, "bbox": [0, 0, 3, 3], "score": 0.9})
     rows.append({"image_id": 0, "category_id": 1, "bbox": [1, 1, 3, 3], "score": 0.01})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(rows))
+    dump(path, rows)
 
 
 def write_session(
@@ -113,11 +127,10 @@ def write_test(
     keys = {name: name.replace("mAP50", "mAP_50").replace("mAP75", "mAP_75") for name in METRICS}
     rounded = {name: -1.0 if (value := found.get(name)) is None else round(value, 3) for name in METRICS}
     document = {f"coco/bbox_{keys[name]}": value for name, value in rounded.items()} | {"data_time": 0.01, "time": 0.1}
-    folder = test_dir / time
-    (folder / "vis_data").mkdir(parents=True)
-    (folder / f"{time}.json").write_text(json.dumps(document))
+    dump(test_dir / time / f"{time}.json", document)
     config = CONFIG.format(seed=seed, load_from=str(checkpoint) if checkpoint else None, attention=attention)
-    (folder / "vis_data" / "config.py").write_text(config)
+    (test_dir / time / "vis_data").mkdir()
+    (test_dir / time / "vis_data" / "config.py").write_text(config)
 
 
 def write_checkpoint(work_dir: Path, name: str = "iter_200.pth", content: bytes = b"weights") -> Path:
@@ -138,20 +151,19 @@ def write_demo(root: Path, annotations: Path, *, seeds: int = 2) -> list[str]:
             steps = range(10, 201, 10)
             write_session(folder / name, "20260101_100000", steps, mask=name == "castling", loss=loss + 0.1 * seed)
             command = ["python", "train.py", f"{name}.py", "--cfg-options", f"randomness.seed={seed}"]
-            (folder / name / "train.done.json").write_text(json.dumps({"key": "0", "command": command}))
-        (folder / "deploy").mkdir()
-        (folder / "deploy" / "deploy.pth").write_bytes(b"deployed")
+            dump(folder / name / "train.done.json", {"key": "0", "command": command})
         manifest = {"format": 1, "source": {"path": str(folder / "castling" / "iter_200.pth")}}
-        (folder / "deploy" / "deploy.json").write_text(json.dumps(manifest))
+        dump(folder / "deploy" / "deploy.json", manifest)
+        (folder / "deploy" / "deploy.pth").write_bytes(b"deployed")
         tested = (("softmax", "softmax", "iter_200.pth"), ("castling", "castling", "iter_200.pth"))
         for name, attention, weights in (*tested, ("deploy", "linear", "deploy.pth")):
-            test = folder / name / "test"
-            skip = 2 if name == "softmax" else 0
-            predictions = test / "predictions.bbox.json"
-            write_predictions(predictions, annotations, skip=skip, seed=seed)
+            predictions = folder / name / "test" / "predictions.bbox.json"
+            write_predictions(predictions, annotations, skip=2 if name == "softmax" else 0, seed=seed)
             scored = evaluate_boxes(json.loads(annotations.read_text()), json.loads(predictions.read_text()))
-            weight = folder / name / weights
-            write_test(test, mAP=0, seed=seed, checkpoint=weight, attention=attention, metrics=scored.metrics)
+            write_test(
+                predictions.parent, mAP=0, seed=seed, checkpoint=folder / name / weights, attention=attention,
+                metrics=scored.metrics,
+            )  # fmt: skip
             runs.append(f"{name}={folder / name}")
     return runs
 
@@ -167,9 +179,15 @@ def write_benchmark(root: Path, *, attention_options: str = "") -> Path:
         for side in sizes:
             tokens = side**2 if level == "core" else (side // 16) ** 2
             for variant, p50 in (("softmax", 1e-4 * tokens**2), ("linear", 2e-3 * tokens)):
-                timing = Timing(0.9 * p50, p50, 1.2 * p50, 5)
-                rows.append(BenchmarkRow(level, variant, passes, "float32", 1, side, side, tokens, "ok",
-                                         timing=timing, peak_mib=float(side), parity_ok=True))  # fmt: skip
-    report = BenchmarkReport(MACHINE, "tools/benchmark.py", "now", 32, 2, 2, str(root / "det_*_x.py"), tuple(rows))
-    write_benchmark_json(root / "benchmark.json", report)
-    return root / "benchmark.json"
+                rows.append({
+                    "level": level, "variant": variant, "passes": passes, "dtype": "float32", "batch": 1,
+                    "height": side, "width": side, "tokens": tokens, "status": "ok", "reason": None,
+                    "timing": {"p20_ms": 0.9 * p50, "p50_ms": p50, "p80_ms": 1.2 * p50, "repeats": 5},
+                    "peak_mib": float(side), "parity_ok": True, "parity_rms": 1e-7,
+                })  # fmt: skip
+    rows.append({**rows[0], "variant": "published", "status": "failed", "timing": None})
+    rows.append({**rows[0], "variant": "dense", "parity_ok": False})
+    machine = {name: getattr(MACHINE, name) for name in ("torch", "device", "cpu", "threads", "python", "commit")}
+    detector = str(root / "det_*_x.py")
+    record = {"machine": machine, "created_by": "tools/benchmark.py", "detector": detector, "rows": rows}
+    return dump(root / "benchmark.json", {"schema": "castling_det.benchmark/1", "benchmark": record})

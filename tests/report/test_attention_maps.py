@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import runpy
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,18 +13,15 @@ from PIL import Image
 
 from castling_det.conversion.detectors import build_detector
 from castling_det.layers import CastlingAttention, LevitAttention, PooledAttention, attention_layers
-from castling_det.ops import naive
+from castling_det.report import attention_maps
 from castling_det.report.attention_maps import (
     AttentionPicture,
     attention_picture,
     branch_weights,
     capture,
-    layer_weights,
-    load_detector,
-    query_at,
     read_picture,
 )
-from castling_det.report.attention_maps import picture as picture_module
+from tools.attention import load_detector, main
 
 HW = (5, 7)
 
@@ -83,11 +78,25 @@ def core(layer, x):
     return merged.unflatten(-1, (layer.num_heads, -1)).transpose(1, 2)
 
 
+def absolute(layer, num_keys):
+    return layer.mask_state.absolute(num_keys)
+
+
 @torch.no_grad()
 def shown(layer, x, aux=False):
+    """The weights times the values: what the layer computes, with `aux` as in training."""
     inputs = layer.head_inputs(x, HW)
     weights = branch_weights(layer, inputs, HW)
-    return layer_weights(layer, weights, inputs, aux=aux) @ inputs.v, weights, inputs
+    if layer.mode == "softmax":
+        return weights.softmax @ inputs.v, weights, inputs
+    total = weights.linear
+    average = total / weights.divisor.unsqueeze(-1)
+    if not aux:
+        return average @ inputs.v, weights, inputs
+    kept = weights.softmax * (weights.softmax > absolute(layer, inputs.k.shape[2])) * layer.mask_state.aux_scale
+    if layer.options.normalizer == "l2":
+        return torch.nn.functional.normalize((total + kept) @ inputs.v, dim=-1), weights, inputs
+    return (average + kept) @ inputs.v / (1 + kept.sum(dim=-1, keepdim=True)), weights, inputs
 
 
 @pytest.mark.parametrize("normalizer", ["l2", "kernel"])
@@ -119,37 +128,26 @@ def test_hybrid_weights_are_what_training_computes(make, normalizer):
     options = dict(mode="castling", normalizer=normalizer, threshold=0.8, threshold_unit="uniform", eval_aux=True)
     layer, x = randomised(make, **options)
     layer.mask_state = dataclasses.replace(layer.mask_state, aux_scale=0.7)
-    values, weights, _ = shown(layer, x, aux=True)
+    values, weights, inputs = shown(layer, x, aux=True)
     expected = core(layer, x)
     torch.testing.assert_close(values, expected, rtol=1e-10, atol=1e-12)
     stats = layer.mask_stats
+    kept = weights.softmax > absolute(layer, inputs.k.shape[2])
     assert 0 < float(stats.kept_fraction) < 1
-    torch.testing.assert_close(weights.kept_fraction.mean().float(), stats.kept_fraction)
-    torch.testing.assert_close(weights.kept_mass.mean().float(), stats.kept_mass)
+    torch.testing.assert_close(kept.double().mean().float(), stats.kept_fraction)
+    torch.testing.assert_close((weights.softmax * kept).sum(-1).mean().float(), stats.kept_mass)
     layer.mask_state = dataclasses.replace(layer.mask_state, threshold=1.2)  # negative control: another mask
     assert (shown(layer, x, aux=True)[0] - expected).abs().max() > 1e-2
 
 
 @torch.no_grad()
-def test_rows_equal_the_naive_operators():
-    layer, x = randomised(castling, mode="castling", normalizer="kernel", threshold=0.9, threshold_unit="uniform")
+def test_chosen_rows_are_those_of_all():
+    layer, x = randomised(castling, mode="linear", normalizer="kernel")
     inputs = layer.head_inputs(x, HW)
-    q, k, v = inputs[:3]
-    weights = branch_weights(layer, inputs, HW)
-    kernel = weights.linear / weights.divisor.unsqueeze(-1)
-    torch.testing.assert_close(kernel @ v, naive.linear_angular_attention(q, k, v, normalizer="kernel"))
-    assert weights.linear.min() >= 0.5 - 1 / math.pi and weights.linear.max() <= 0.5 + 1 / math.pi
-    masked = naive.masked_softmax(q, k, v, layer.mask_state.absolute(k.shape[2]))
-    torch.testing.assert_close(weights.kept @ v, masked.out)
-    torch.testing.assert_close(weights.kept_mass, masked.kept_mass)
-    torch.testing.assert_close(weights.kept_fraction.mean().float(), masked.kept_fraction)
-    layer.options = dataclasses.replace(layer.options, normalizer="l2")
-    weights = branch_weights(layer, inputs, HW)
-    linear = weights.linear / weights.divisor.unsqueeze(-1)
-    torch.testing.assert_close(linear @ v, naive.linear_angular_attention(q, k, v, normalizer="l2"))
-    some = branch_weights(layer, inputs, HW, queries=[3, 30])
+    all_rows, some = (branch_weights(layer, inputs, HW, queries=queries) for queries in (None, [3, 30]))
+    assert all_rows.linear.min() >= 0.5 - 1 / math.pi and all_rows.linear.max() <= 0.5 + 1 / math.pi
     for name in ("softmax", "linear", "divisor"):
-        torch.testing.assert_close(getattr(some, name), getattr(weights, name)[:, :, [3, 30]])
+        torch.testing.assert_close(getattr(some, name), getattr(all_rows, name)[:, :, [3, 30]])
 
 
 def test_a_zero_token_stays_zero():
@@ -226,7 +224,7 @@ def test_every_backbone_is_captured_as_it_runs(family, tmp_path):
         assert captured.shape == (64, 96) and cells == 64, name
         cell = 64 // captured.inputs.query_hw[0]
         # (59, 29) of 90 x 60 pixels lies at x = 62.9, y = 30.9 of 96 x 64.
-        assert query_at(captured, (59, 29)) == (30 // cell, 62 // cell), name
+        assert captured.query_at((59, 29)) == (30 // cell, 62 // cell), name
     picture = attention_picture(captured, [(5, 55), (89, 0)], thresholds=[1.0, 0.01])
     assert picture.image.width > picture.image.height > 100
     assert "(89, 0) is row 0" in picture.caption and names[-1] in picture.caption
@@ -237,18 +235,19 @@ def test_the_panels_show_the_chosen_token(tmp_path, monkeypatch):
     loaded, model, meta = load_detector(config, checkpoint)
     captured = capture(loaded, model, image, "blocks.0", meta)
     # The image of 90 x 60 is seen at 96 x 64, where a token is 8 x 8: x = 80 lies at 85.3, y = 33 at 35.2.
-    assert query_at(captured, (80, 33)) == (4, 10)
+    assert captured.query_at((80, 33)) == (4, 10)
     drawn = []
-    monkeypatch.setattr(picture_module, "draw", lambda _, rows: drawn.extend(rows) or Image.new("RGB", (9, 9)))
+    monkeypatch.setattr(attention_maps, "_draw", lambda *arguments: drawn.append(arguments) or Image.new("RGB", (9, 9)))
     attention_picture(captured, [(80, 33)], head=1)
     row = branch_weights(captured.layer, captured.inputs, captured.hw, queries=[4 * 12 + 10])
-    softmax, linear, mask = drawn[0].panels
-    assert drawn[0].token == (4, 10)
+    ((_, tokens, ((softmax, linear, mask),)),) = drawn
+    assert tokens == [(4, 10)]
     np.testing.assert_allclose(softmax.values, row.softmax[0, 1, 0].reshape(8, 12))
     np.testing.assert_allclose(linear.values, (row.linear[0, 1, 0] / row.divisor[0, 1, 0]).reshape(8, 12))
-    np.testing.assert_allclose(np.nan_to_num(mask.values), row.kept[0, 1, 0].reshape(8, 12))
+    kept = row.softmax[0, 1, 0] > 1 / 96
+    np.testing.assert_allclose(np.nan_to_num(mask.values), (row.softmax[0, 1, 0] * kept).reshape(8, 12))
     assert 0 < np.isnan(mask.values).sum() < mask.values.size
-    assert f"keeps {float(row.kept_fraction[0, 1, 0]):.1%}" in mask.title and "at 1/N" in mask.title
+    assert f"keeps {float(kept.double().mean()):.1%}" in mask.title and "at 1/N" in mask.title
     other = branch_weights(captured.layer, captured.inputs, captured.hw, queries=[10 * 8 + 4])
     assert np.abs(softmax.values - other.softmax[0, 1, 0].reshape(8, 12).numpy()).max() > 1e-6
 
@@ -279,7 +278,7 @@ def test_errors_name_what_is_wrong(tmp_path):
     captured = capture(loaded, model, image)
     for call, message in [
         (lambda: capture(loaded, model, image, "blocks.9"), "expected one of blocks.0, blocks.1"),
-        (lambda: capture(loaded, model, tmp_path / "no.png"), "no such file"),
+        (lambda: capture(loaded, model, tmp_path / "no.png"), "cannot be read"),
         (lambda: attention_picture(captured, [(90, 3)]), r"expected x in \[0, 90\)"),
         (lambda: attention_picture(captured, [(1, 1)], head=2), "head=2: expected 0 to 1"),
         (lambda: attention_picture(captured, []), "at least one"),
@@ -297,20 +296,18 @@ def test_a_picture_carries_its_caption(tmp_path):
     assert read.caption == picture.caption and read.image.getpixel((1, 1)) == (1, 2, 3)
 
 
-def run_tool(name, *arguments):
-    main = runpy.run_path(str(Path(__file__).parents[2] / "tools" / f"{name}.py"))["main"]
-    return main([str(argument) for argument in arguments])
-
-
 def test_the_tool(tmp_path, capsys):
+    def run(*arguments):
+        return main([str(argument) for argument in arguments])
+
     config, checkpoint, image = detector("levit", tmp_path)
-    assert run_tool("attention", config, checkpoint, image, "--list") == 0
+    assert run(config, checkpoint, image, "--list") == 0
     names = capsys.readouterr().out.split()
     assert "stages.1.downsample.attn_downsample" in names
     out = tmp_path / "out.png"
-    assert run_tool("attention", config, checkpoint, image, "--layer", names[1], "--point", 9, 9, "--out", out) == 0
+    assert run(config, checkpoint, image, "--layer", names[1], "--point", 9, 9, "--out", out) == 0
     assert read_picture(out).caption in capsys.readouterr().out
-    assert run_tool("attention", config, checkpoint, image, "--layer", "no", "--out", tmp_path / "b.png") == 1
+    assert run(config, checkpoint, image, "--layer", "no", "--out", tmp_path / "b.png") == 1
     assert "expected one of" in capsys.readouterr().err and not (tmp_path / "b.png").exists()
-    assert run_tool("attention", config, checkpoint, image) == 1
+    assert run(config, checkpoint, image) == 1
     assert "--out" in capsys.readouterr().err

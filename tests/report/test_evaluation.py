@@ -1,54 +1,95 @@
-"""Both backends of COCO evaluation give the same figures; a draw gives what evaluating the drawn set gives."""
+"""faster-coco-eval gives COCO's own figures; a draw equals the evaluation of the drawn set; malformed files."""
 
 from __future__ import annotations
 
+import io
+import json
 import math
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
-from castling_det.report.bootstrap import Matches, draw_images, interval_of, mean_average_precisions
-from castling_det.report.evaluation import BACKENDS, evaluate_boxes
-from castling_det.report.record import METRICS
-from tests.report.coco_sets import random_set, repeated
+from castling_det.report.bootstrap import Matches, draw_images, interval_of
+from castling_det.report.evaluation import Annotations, evaluate_boxes, match_boxes
+from castling_det.report.records import METRICS, Counts
+from castling_det.report.runs import RunSpec, build_run
+from tests.report.coco_sets import Rows, random_set, repeated
+from tests.report.samples import dump
+
+
+def reference(document: dict[str, Any], results: Rows, **params: Any) -> COCOeval:
+    """pycocotools' own evaluation."""
+    with redirect_stdout(io.StringIO()):
+        truth = COCO()
+        truth.dataset = {"info": {}, **document}
+        truth.createIndex()
+        evaluator = COCOeval(truth, truth.loadRes([dict(row) for row in results]), "bbox")
+        vars(evaluator.params).update(params)
+        evaluator.evaluate()
+        if not params:
+            evaluator.accumulate()
+            evaluator.summarize()
+    return evaluator
+
+
+def perfect(document: dict[str, Any]) -> Rows:
+    rows = [row for row in document["annotations"] if not row.get("iscrowd")]
+    return [{**{key: row[key] for key in ("image_id", "category_id", "bbox")}, "score": 0.5} for row in rows]
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_faster_coco_eval_equals_pycocotools(seed: int) -> None:
-    pytest.importorskip("faster_coco_eval", reason="the optional faster-coco-eval is not installed")
+def test_figures_equal_pycocotools(seed: int) -> None:
     document, results = random_set(seed, ties=seed % 2 == 0)
-    faster, slower = (evaluate_boxes(document, results, backend=backend) for backend in BACKENDS)
-    assert faster.backend.startswith("faster-coco-eval ") and slower.backend.startswith("pycocotools ")
-    for name in METRICS:
-        assert faster.metrics[name] == pytest.approx(slower.metrics[name], abs=1e-12), name
-    assert faster.precision.keys() == slower.precision.keys() == {"kind 0", "kind 1"}
-    for name, curve in faster.precision.items():
-        assert len(curve) == 101 and curve == pytest.approx(slower.precision[name], abs=1e-9)
+    found, expected = evaluate_boxes(document, results), reference(document, results)
+    assert found.backend.startswith("faster-coco-eval ")
+    for name, value in zip(METRICS, expected.stats[:6], strict=True):
+        assert found.metrics[name] == (pytest.approx(value, abs=1e-12) if value >= 0 else None), name
+    assert found.precision.keys() == {"kind 0", "kind 1"}
+    for index, curve in enumerate(found.precision.values()):
+        assert len(curve) == 101 and curve == pytest.approx(expected.eval["precision"][0, :, index, 0, -1], abs=1e-4)
         assert curve[0] > 0
-    assert evaluate_boxes(document, results) == faster, "it is taken where it is installed"
 
 
-def test_the_evaluation_is_of_the_boxes_and_leaves_the_annotations_alone() -> None:
+def test_the_evaluation_leaves_the_annotations_alone() -> None:
     document, results = random_set(0)
-    before = repr(document)
+    before = repr((document, results))
     good = evaluate_boxes(document, results).metrics["mAP"]
-    boxes = [row for row in document["annotations"] if not row["iscrowd"]]
-    perfect = [{**{key: row[key] for key in ("image_id", "category_id", "bbox")}, "score": 0.5} for row in boxes]
-    assert evaluate_boxes(document, perfect).metrics["mAP"] == pytest.approx(1.0)
+    assert evaluate_boxes(document, perfect(document)).metrics["mAP"] == pytest.approx(1.0)
     assert good is not None and 0 < good < 0.9
     nothing = evaluate_boxes(document, [])
     assert nothing.metrics["mAP"] == 0 and nothing.precision["kind 0"][0] == 0
-    assert repr(document) == before
-    with pytest.raises(ValueError, match="backend='other': expected one of faster-coco-eval, pycocotools"):
-        evaluate_boxes(document, results, backend="other")
+    assert repr((document, results)) == before
+
+
+def test_an_annotation_with_the_id_0_is_found(tmp_path: Path) -> None:
+    """For COCO's evaluation 0 means "not matched": a perfect box scored 0.0."""
+    box = {"image_id": 5, "category_id": 1, "bbox": [1, 2, 30, 40]}
+    document = {
+        "images": [{"id": 5, "file_name": "a.png"}], "categories": [{"id": 1, "name": "a"}],
+        "annotations": [{"id": 0, **box, "area": 1200, "iscrowd": 0}],
+    }  # fmt: skip
+    assert reference(document, [{**box, "score": 0.5}]).stats[0] == 0, "the control"
+    assert evaluate_boxes(document, [{**box, "score": 0.5}]).metrics["mAP"] == pytest.approx(1)
+    assert Matches(document, [{**box, "score": 0.5}]).mean_average_precision() == pytest.approx(1)
+    assert match_boxes(document, [{**box, "score": 0.5}], score=0, iou=0.5)[5].counts == Counts(1, 0, 0)
+    annotations = Annotations(dump(tmp_path / "val.json", document))
+    results = dump(tmp_path / "results.json", [{**box, "score": 0.5}])
+    run = build_run(RunSpec("a", None, predictions=results), annotations=annotations)
+    assert run.ok and run.metrics["mAP"] == pytest.approx(1)
 
 
 def test_without_areas_and_crowds_those_of_the_boxes_count() -> None:
     document, results = random_set(1)
     plain = [{**row, "area": row["bbox"][2] * row["bbox"][3], "iscrowd": 0} for row in document["annotations"]]
     bare = [{key: value for key, value in row.items() if key not in ("area", "iscrowd")} for row in plain]
-    left, right = (evaluate_boxes({**document, "annotations": rows}, results) for rows in (plain, bare))
-    assert left == right
+    none = [{**row, "area": None, "iscrowd": None} for row in bare]
+    first, *others = (evaluate_boxes({**document, "annotations": rows}, results) for rows in (plain, bare, none))
+    assert others == [first, first]
 
 
 @pytest.mark.parametrize("ties", [True, False])
@@ -57,16 +98,15 @@ def test_a_draw_equals_cocos_evaluation_of_the_drawn_set(seed: int, ties: bool) 
     document, results = random_set(seed, ties=ties)
     matches = Matches(document, results)
     assert matches.images == tuple(sorted(image["id"] for image in document["images"]))
-    whole = evaluate_boxes(document, results, backend="pycocotools").metrics["mAP"]
+    whole = reference(document, results).stats[0]
     assert matches.mean_average_precision() == pytest.approx(whole, abs=1e-12)
     figures = []
     for counts in draw_images(len(matches.images), 4, seed):
         assert counts.max() > 1 and counts.min() == 0
-        drawn = repeated(document, results, counts.tolist())
-        expected = evaluate_boxes(*drawn, backend="pycocotools").metrics["mAP"]
+        expected = reference(*repeated(document, results, counts.tolist())).stats[0]
         assert matches.mean_average_precision(counts) == pytest.approx(expected, abs=1e-12)
         figures.append(expected)
-    assert whole is not None and max(abs(figure - whole) for figure in figures) > 0.01, "the control: draws differ"
+    assert max(abs(figure - whole) for figure in figures) > 0.01, "the control: draws differ"
 
 
 def test_a_set_with_nothing_to_find_has_no_precision() -> None:
@@ -86,8 +126,10 @@ def test_draws_are_those_of_the_seed_and_intervals_cover_what_they_should() -> N
     with pytest.raises(ValueError, match="resamples=0"):
         draw_images(9, 0, 0)
     document, results = random_set(5)
-    better = mean_average_precisions(Matches(document, results), draws)
-    worse = mean_average_precisions(Matches(document, results[::2]), draws)
+    better, worse = (
+        np.array([matches.mean_average_precision(counts) for counts in draws])
+        for matches in (Matches(document, results), Matches(document, results[::2]))
+    )
     assert interval_of([better - better]) == (0, 0), "paired: the same detector differs from itself by nothing"
     low, high = interval_of([better - worse])
     assert low < np.mean(better - worse) < high
@@ -95,3 +137,108 @@ def test_draws_are_those_of_the_seed_and_intervals_cover_what_they_should() -> N
     assert high - low < unpaired[1] - unpaired[0], "the same draws for both make the interval narrower"
     halves = interval_of([better - worse, worse - worse])
     assert halves == pytest.approx((low / 2, high / 2)), "over seeds it is that of the mean difference"
+
+
+@pytest.mark.parametrize(
+    ("boxes", "iou", "counts"),
+    [
+        ([(2, [0, 0, 10, 9], 0.5), (2, [0, 0, 10, 10], 0.4)], 0.5, Counts(1, 1, 0)),  # found once
+        ([(1, [0, 0, 10, 10], 0.9)], 0.5, Counts(0, 1, 1)),  # another category
+        ([(2, [0, 0, 10, 5], 0.9)], 0.5, Counts(1, 0, 0)),
+        ([(2, [0, 0, 10, 4.9], 0.9)], 0.5, Counts(0, 1, 1)),
+        ([(2, [0, 0, 10, 5], 0.9)], 0.6, Counts(0, 1, 1)),
+        ([(2, [0, 0, 10, 10], 0.2)], 0.5, Counts(0, 0, 1)),  # below the score
+        ([(3, [60, 60, 5, 5], 0.9), (3, [95, 95, 99, 99], 0.8)], 0.5, Counts(0, 1, 1)),  # inside of a crowd
+        ([], 0.5, Counts(0, 0, 1)),
+    ],
+)
+def test_right_wrong_and_missed(boxes: list[tuple[int, list[float], float]], iou: float, counts: Counts) -> None:
+    rows = [(2, [0, 0, 10, 10], 0), (3, [50, 50, 50, 50], 1)]
+    document = {
+        "images": [{"id": 1, "file_name": "a"}], "categories": [{"id": i, "name": str(i)} for i in (1, 2, 3)],
+        "annotations": [{"image_id": 1, "category_id": c, "bbox": box, "iscrowd": crowd} for c, box, crowd in rows],
+    }  # fmt: skip
+    results = [{"image_id": 1, "category_id": c, "bbox": box, "score": score} for c, box, score in boxes]
+    assert match_boxes(document, results, score=0.3, iou=iou)[1].counts == counts
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_counts_equal_coco_on_random_boxes(seed: int) -> None:
+    document, results = random_set(seed)
+    expected: dict[int, list[int]] = {image["id"]: [0, 0, 0] for image in document["images"]}
+    kept = [row for row in results if row["score"] >= 0.3]
+    params = {"iouThrs": np.array([0.5]), "areaRng": [[0, 1e10]], "areaRngLbl": ["all"], "maxDets": [1000]}
+    for item in filter(None, reference(document, kept, **params).evalImgs):
+        matched, ignored = np.array(item["dtMatches"])[0] > 0, np.array(item["dtIgnore"])[0].astype(bool)
+        found = np.array(item["gtMatches"])[0] > 0
+        missed = ~found & ~item["gtIgnore"].astype(bool)
+        for place, flags in enumerate((matched & ~ignored, ~matched & ~ignored, missed)):
+            expected[item["image_id"]][place] += int(flags.sum())
+    counts = match_boxes(document, results, score=0.3, iou=0.5)
+    assert {image: Counts(*numbers) for image, numbers in expected.items()} == {
+        image: counts[image].counts for image in expected
+    }
+    assert sum(numbers[0] for numbers in expected.values()) > 5, "the case is not trivial"
+
+
+GOOD: dict[str, Any] = {
+    "images": [{"id": 1, "file_name": "a.png", "height": 9, "width": 9}], "categories": [{"id": 1, "name": "a"}],
+    "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 1, 5, 5], "area": 25, "iscrowd": 0}],
+}  # fmt: skip
+ROW: dict[str, Any] = {"image_id": 1, "category_id": 1, "bbox": [1, 1, 5, 5], "score": 0.5}
+
+
+def _with(part: str, **fields: object) -> dict[str, Any]:
+    return {**GOOD, part: [{**GOOD[part][0], **fields}]}
+
+
+ANNOTATIONS = {
+    "a list": [], "a number": 3, "a string": "x", "null": None, "empty": {}, "no images": {**GOOD, "images": None},
+    "images of numbers": {**GOOD, "images": [1]}, "images twice": {**GOOD, "images": GOOD["images"] * 2},
+    "categories twice": {**GOOD, "categories": GOOD["categories"] * 2}, "an object of images": {**GOOD, "images": {}},
+    "name null": _with("images", file_name=None), "name number": _with("images", file_name=3),
+    "id string": _with("images", id="1"), "id huge": _with("images", id=2**80), "id null": _with("categories", id=None),
+    "height string": _with("images", height="9"), "category name": _with("categories", name=["a"]),
+    "box short": _with("annotations", bbox=[1, 2, 3]), "box of strings": _with("annotations", bbox=["1"] * 4),
+    "box null": _with("annotations", bbox=None), "box huge": _with("annotations", bbox=[0, 0, 1e300, 1e300]),
+    "area string": _with("annotations", area="25"), "crowd string": _with("annotations", iscrowd="no"),
+    "image unknown": _with("annotations", image_id=7), "category unknown": _with("annotations", category_id=7),
+}  # fmt: skip
+RESULTS = {
+    "an object": {}, "a number": 1, "rows of lists": [[1]], "no score": [{**ROW, "score": None}], "row empty": [{}],
+    "score string": [{**ROW, "score": "0.5"}], "box short": [{**ROW, "bbox": [1]}],
+    "id list": [{**ROW, "image_id": []}],
+    "id huge": [{**ROW, "image_id": 10**30}], "image unknown": [{**ROW, "image_id": 9}],
+    "box huge": [{**ROW, "bbox": [0, 0, 1e200, 1]}], "category unknown": [{**ROW, "category_id": 2}],
+    "a segmentation": [{key: value for key, value in ROW.items() if key != "bbox"}],
+}  # fmt: skip
+BYTES = {
+    "nothing": b"", "cut": b'{"images": [', "not text": b"\xff\xfe\x00", "mark": b"\xef\xbb\xbf{}", "NaN": b"[NaN]",
+    "utf-16": json.dumps(GOOD).encode("utf-16"), "deep": b"[" * 200_000, "half a pair": b'["\\ud800"]',
+    "infinite": b'[{"image_id": 1, "category_id": 1, "bbox": [1, 1, 1e999, 1], "score": 1}]',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("content", [*ANNOTATIONS.values(), *BYTES.values()], ids=[*ANNOTATIONS, *BYTES])
+def test_a_malformed_annotation_file_gives_one_line(tmp_path: Path, content: object) -> None:
+    path = tmp_path / "val.json"
+    path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+    with pytest.raises(ValueError, match=r"^\S*val\.json: ") as error:
+        Annotations(path)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("content", [*RESULTS.values(), *BYTES.values()], ids=[*RESULTS, *BYTES])
+def test_a_malformed_results_file_is_a_failed_run_with_one_line(tmp_path: Path, content: object) -> None:
+    annotations = Annotations(dump(tmp_path / "val.json", GOOD))
+    path = tmp_path / "results.json"
+    path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+    run = build_run(RunSpec("a", None, predictions=path), annotations=annotations)
+    assert not run.ok and run.reason is not None and "\n" not in run.reason and "results.json: " in run.reason
+
+
+@pytest.mark.parametrize("place", ["a folder", "nothing", "a device"])
+def test_a_path_that_is_no_file_is_named(tmp_path: Path, place: str) -> None:
+    path = {"a folder": tmp_path, "nothing": tmp_path / "none.json", "a device": Path("/dev/zero")}[place]
+    with pytest.raises(ValueError, match="not readable as a COCO annotation file: no such regular file"):
+        Annotations(path)

@@ -24,12 +24,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from castling_det.analysis.robustness import FuzzReport, FuzzTarget, write_fuzz
 from castling_det.conversion import load_checkpoint, select_weights
 from castling_det.datasets.checks import check_annotation_file, raise_for_problems
-from castling_det.report.machine import this_machine
+from castling_det.report.records import this_machine
 from tests.robustness.hostile_files import saved
 from tests.robustness.mutations import mutated_bytes, mutated_json, mutated_pickle, mutated_safetensors
+from tests.robustness.records import FuzzReport, FuzzTarget, write_fuzz
 
 SECONDS_A_CASE = 20
 Mutation = Callable[[bytes, random.Random], bytes]

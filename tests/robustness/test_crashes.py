@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from castling_det.analysis.robustness import CrashReport, CrashTarget, crash_markdown, read_crashes, write_crashes
-from tests.report.records import MACHINE
-from tests.robustness.crash_targets import ROOT, Target, targets
-from tests.robustness.crashes import crash_target
+from tests.report.samples import MACHINE
+from tests.robustness.crashes import ROOT, Target, crash_target, targets
+from tests.robustness.records import CrashReport, CrashTarget, crash_markdown, read_crashes, write_crashes
 
 KILLS = {"data preparation": 2, "demo training": 3}
 
@@ -21,7 +20,7 @@ KILLS = {"data preparation": 2, "demo training": 3}
 def test_killed_commands_start_again_and_end_the_same(tmp_path: Path, name: str) -> None:
     """In a process of its own: forks of one that has run other tests would wait for their threads forever."""
     if name not in {target.name for target in targets()}:
-        pytest.skip("run tools/prepare_tree_crowns.py (make test does)")
+        pytest.skip("needs the tree crowns in data/, which `make test` prepares")
     out = tmp_path / "crashes.json"
     options = ["--kills", str(KILLS[name]), "--seed", "1", "--only", name, "--out", str(out)]
     command = [sys.executable, "-W", "ignore", "-m", "tests.robustness.crashes", *options]
@@ -53,9 +52,7 @@ path.write_text("second" if again else "first")
 def script(tmp_path: Path, text: str, result: str) -> Target:
     path = tmp_path / "script.py"
     path.write_text(text)
-    return Target(
-        "script", lambda folder: [str(path), str(folder)], lambda folder: {"x": (folder / result).read_text()}
-    )
+    return Target("script", lambda folder: [str(path), str(folder)], (result,))
 
 
 def test_control_a_torn_file_is_noticed(tmp_path: Path) -> None:
@@ -67,7 +64,7 @@ def test_control_a_torn_file_is_noticed(tmp_path: Path) -> None:
 def test_control_another_result_is_noticed(tmp_path: Path) -> None:
     record = crash_target(script(tmp_path, ONCE, "result.txt"), kills=3, seed=0, folder=tmp_path)
     assert record.finished == 3 and record.equal < 3
-    assert any("another result in x" in text for text in record.bad)
+    assert any("another result in result.txt" in text for text in record.bad)
 
 
 def test_the_record_comes_back_and_is_tabulated(tmp_path: Path) -> None:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from castling_det.analysis.robustness import FuzzReport, fuzz_markdown, read_fuzz, write_fuzz
-from tests.report.records import MACHINE
+from tests.report.samples import MACHINE
 from tests.robustness.fuzz import Reader, fuzz, mutated, readers
 from tests.robustness.mutations import mutated_bytes
+from tests.robustness.records import FuzzReport, fuzz_markdown, read_fuzz, write_fuzz
 
 CASES = 800
 

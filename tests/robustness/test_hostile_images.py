@@ -15,7 +15,8 @@ from mmcv.transforms import LoadImageFromFile
 from PIL import Image
 
 from castling_det import check_dataset
-from castling_det.datasets.coco_writer import load_source
+from castling_det.runtime.sources import UnreadableImage, read_image
+from tests.datasets.converters import tree_crowns
 from tests.datasets.test_dataset_checks import sound
 
 SIZE = (100, 80)
@@ -74,16 +75,16 @@ IMAGES: dict[str, tuple[Callable[[Path], Any], tuple[str, str] | None, bool]] = 
     ),
     "EXIF, turned by 90 degrees": (lambda p: _oriented(p, 6), ("error", "turned by their EXIF orientation"), True),
     "EXIF, turned by 180 degrees": (lambda p: _oriented(p, 3), ("warning", "have an EXIF orientation"), True),
-    "truncated JPEG": (lambda p: _cut(p, 0.6, format="JPEG", quality=95), ("error", "truncated or damaged"), False),
+    "truncated JPEG": (lambda p: _cut(p, 0.6, format="JPEG", quality=95), ("error", "are damaged, truncated"), False),
     "JPEG without its last bytes": (
         lambda p: _cut(p, 0.99, format="JPEG", quality=95),
-        ("error", "truncated or damaged"),
+        ("error", "are damaged, truncated"),
         False,
     ),
-    "truncated PNG": (lambda p: _cut(p, 0.6, format="PNG"), ("error", "truncated or damaged"), False),
-    "cut in its header": (lambda p: _cut(p, 0.001, format="PNG"), ("error", "no images that can be read"), False),
-    "empty": (lambda p: p.write_bytes(b""), ("error", "no images that can be read"), False),
-    "text": (lambda p: p.write_text("hello"), ("error", "no images that can be read"), False),
+    "truncated PNG": (lambda p: _cut(p, 0.6, format="PNG"), ("error", "are damaged, truncated"), False),
+    "cut in its header": (lambda p: _cut(p, 0.001, format="PNG"), ("error", "are damaged, truncated"), False),
+    "empty": (lambda p: p.write_bytes(b""), ("error", "are damaged, truncated"), False),
+    "text": (lambda p: p.write_text("hello"), ("error", "are damaged, truncated"), False),
     "another size": (lambda p: Image.new("RGB", (64, 64)).save(p, format="PNG"), ("error", "another size"), True),
     "20,000 x 20,000": (lambda p: p.write_bytes(png_header(20_000, 20_000)), ("error", "more than 178956970"), False),
     "2 ** 31 x 2 ** 31": (
@@ -129,9 +130,12 @@ def test_the_loader_agrees_with_the_check(tmp_path: Path, kind: str) -> None:
     if not loads:
         with pytest.raises(Exception, match=r"failed to load|imdecode|empty"):
             LoadImageFromFile()({"img_path": str(tmp_path / "1.png")})
+        with pytest.raises(UnreadableImage, match=r"1\.png: not an image that OpenCV reads"):
+            read_image(tmp_path / "1.png")
         return
     image = LoadImageFromFile()({"img_path": str(tmp_path / "1.png")})["img"]
     assert image.dtype == np.uint8 and image.shape[2] == 3
+    np.testing.assert_array_equal(read_image(tmp_path / "1.png"), image)
     if kind in ("RGB", "with alpha"):
         np.testing.assert_array_equal(image[..., ::-1], pixels())
     if kind == "16-bit":
@@ -139,6 +143,13 @@ def test_the_loader_agrees_with_the_check(tmp_path: Path, kind: str) -> None:
     if kind == "CMYK":
         assert np.abs(image[..., ::-1].astype(int) - pixels()).mean() < 12
     assert image.shape[:2] == {"EXIF, turned by 90 degrees": (100, 80), "another size": (64, 64)}.get(kind, (80, 100))
+
+
+@pytest.mark.parametrize("kind", ["20,000 x 20,000", "2 ** 31 x 2 ** 31"])
+def test_detection_refuses_too_many_pixels_by_the_header(tmp_path: Path, kind: str) -> None:
+    IMAGES[kind][0](tmp_path / "1.png")
+    with pytest.raises(UnreadableImage, match=r"pixels: expected at least one and at most 100,000,000"):
+        read_image(tmp_path / "1.png")
 
 
 def test_headers_alone_find_what_needs_no_decoding(tmp_path: Path) -> None:
@@ -171,6 +182,6 @@ def test_preparation_takes_eight_bit_images_only(tmp_path: Path, kind: str) -> N
     voc = VOC.format(*((64, 64) if kind == "another size" else SIZE)).encode()
     if kind in REFUSED_BY_PREPARATION:
         with pytest.raises(ValueError, match=r"^photo: (not a readable image|pixel format)"):
-            load_source("photo", content, voc)
+            tree_crowns.load_source("photo", content, voc)
     else:
-        assert load_source("photo", content, voc).pixels.mode == "RGB"
+        assert tree_crowns.load_source("photo", content, voc).pixels.mode == "RGB"

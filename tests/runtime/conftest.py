@@ -19,24 +19,39 @@ HALF_SIDE = 4.0
 
 METADATA = {
     "format": "1",
+    "version": "0.1.0",
     "outputs": "detections",
     "preprocessing": "graph",
     "classes": ["leaf", "spot"],
+    "mean": [0.0, 116.25, 103.5],
+    "std": [1.0, 1.0, 1.0],
+    "bgr_to_rgb": True,
     "pad_size_divisor": 32,
     "pad_values": [103.5, 116.25, 0.0],
     "input_size": [64, 64],
+    "keep_ratio": True,
     "pipeline": [{"type": "Resize", "scale": [64, 64], "keep_ratio": True, "interpolation": "bilinear"}],
     "score_thr": 0.05,
     "nms_iou": 0.6,
+    "max_per_img": 2,
+    "opset": 17,
+    "precision": "float32",
+    "attention": "linear",
+    "detector": "Spot",
+    "source_sha256": "0" * 64,
+    "config": "spot.py",
+    "created": "2025-01-01T00:00:00+00:00",
 }
 
-needs_data = pytest.mark.skipif(not FULL.is_file(), reason="run tools/prepare_tree_crowns.py (make test does)")
+needs_data = pytest.mark.skipif(not FULL.is_file(), reason="run make data")
 
 
-def spot_model(path, *, channels=3, output_names=("boxes", "scores", "labels"), **changes):
-    """Writes the file: box of HALF_SIDE around the maximum of channel 2, its value / 255, label 1; a row of padding.
+def spot_model(
+    path, *, channels=3, output_names=("boxes", "scores", "labels"), half_side=HALF_SIDE, label=1, texts=None, **changes
+):
+    """Writes the file: a box around the maximum of channel 2, its value / 255, its label; a row of padding.
 
-    A metadata value of None is left out.
+    `changes` are metadata values, of which None is left out; `texts` are metadata that are no JSON values.
     """
     constants = {
         "shape": np.array([0, -1], dtype=np.int64),
@@ -44,9 +59,9 @@ def spot_model(path, *, channels=3, output_names=("boxes", "scores", "labels"), 
         "three": np.array([3], dtype=np.int64),
         "one": np.array([1], dtype=np.int64),
         "middle": np.array(0.5, dtype=np.float32),
-        "corner": np.array([-HALF_SIDE, -HALF_SIDE, HALF_SIDE, HALF_SIDE], dtype=np.float32),
+        "corner": np.array([-half_side, -half_side, half_side, half_side], dtype=np.float32),
         "scale": np.array(255.0, dtype=np.float32),
-        "label": np.array(2, dtype=np.int64),
+        "label": np.array(label, dtype=np.int64),
         "minus": np.array(-1, dtype=np.int64),
         "box_pads": np.array([0, 0, 0, 0, 1, 0], dtype=np.int64),
         "row_pads": np.array([0, 0, 0, 1], dtype=np.int64),
@@ -68,10 +83,9 @@ def spot_model(path, *, channels=3, output_names=("boxes", "scores", "labels"), 
         node("Pad", ["row", "box_pads"], ["boxes"]),
         node("Div", ["peak", "scale"], ["score"]),
         node("Pad", ["score", "row_pads"], ["scores"]),
-        node("Mul", ["at", "label"], ["twice"]),
-        node("Sub", ["twice", "twice"], ["zero"]),
-        node("Sub", ["zero", "minus"], ["ones"]),
-        node("Pad", ["ones", "row_pads", "minus"], ["labels"]),
+        node("Sub", ["at", "at"], ["zero"]),
+        node("Add", ["zero", "label"], ["found"]),
+        node("Pad", ["found", "row_pads", "minus"], ["labels"]),
     ]
     shapes = {"boxes": ("batch", 2, 4), "scores": ("batch", 2), "labels": ("batch", 2)}
     kinds = {"boxes": TensorProto.FLOAT, "scores": TensorProto.FLOAT, "labels": TensorProto.INT64}
@@ -85,7 +99,8 @@ def spot_model(path, *, channels=3, output_names=("boxes", "scores", "labels"), 
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
     model.ir_version = 9
     values = {name: value for name, value in {**METADATA, **changes}.items() if value is not None or name == "nms_iou"}
-    helper.set_model_props(model, {f"castling_det.{name}": json.dumps(value) for name, value in values.items()})
+    properties = {**{name: json.dumps(value) for name, value in values.items()}, **(texts or {})}
+    helper.set_model_props(model, {f"castling_det.{name}": text for name, text in properties.items()})
     onnx.save(model, str(path))
     return path
 

@@ -69,31 +69,76 @@ def test_every_step_of_the_pipeline_is_used(tmp_path):
     assert Detector(equalized)(image).scores[0] == 1.0
 
 
+RESIZE = METADATA["pipeline"][0]
+LIES = {
+    "no format": (
+        dict(format=None),
+        r"not one of castling_det \(no castling_det.format.*export_onnx",
+    ),
+    "next format": (dict(format="2"), r"format '2': this version of castling_det reads '1'"),
+    "raw outputs": (dict(outputs="raw"), r"spot.onnx: outputs='raw': expected 'detections'; export without --raw"),
+    "no preprocessing": (dict(preprocessing="outside"), r"preprocessing='outside'.*--no-preprocessing"),
+    "no JSON": (dict(texts={"classes": "[1"}), r"metadata do not fit: "),
+    "NaN": (dict(texts={"score_thr": "NaN"}), r"metadata do not fit: "),
+    "deep": (dict(texts={"classes": "[" * 100_000}), r"metadata do not fit: "),
+    "missing": (dict(classes=None), r"missing required field `classes`"),
+    "no classes": (dict(classes=3), r"Expected `array`, got `int` - at `\$.classes`"),
+    "class numbers": (dict(classes=[1, 2]), r"Expected `str`, got `int` - at `\$.classes"),
+    "one pad value": (dict(pad_values=[1.0]), r"length 3.*\$.pad_values"),
+    "true as divisor": (dict(pad_size_divisor=True), r"got `bool` - at `\$.pad_size_divisor"),
+    "divisor 0": (dict(pad_size_divisor=0), r"`int` >= 1 - at `\$.pad_size_divisor"),
+    "divisor 20000": (dict(pad_size_divisor=20_000), r"`int` <= 1024 - at `\$.pad_size_divisor"),
+    "no pipeline": (dict(texts={"pipeline": "null"}), r"got `null` - at `\$.pipeline"),
+    "null step": (dict(pipeline=[None]), r"got `null` - at `\$.pipeline\["),
+    "unknown step": (dict(pipeline=[{"type": "Rotate"}]), r"Invalid value 'Rotate' - at `\$.pipeline"),
+    "half a step": (dict(pipeline=[{"type": "Resize", "scale": [1, 1]}]), r"missing required field `keep_ratio`"),
+    "size 0": (dict(pipeline=[{**RESIZE, "scale": [0, 64]}]), r"`int` >= 1 - at `\$.pipeline"),
+    "endless size": (dict(pipeline=[{**RESIZE, "scale": [10**6, 10**6]}]), r"`int` <= 4096 - at `\$.pipeline"),
+    "no interpolation": (dict(pipeline=[{**RESIZE, "interpolation": None}]), r"got `null` - at `\$.pipeline"),
+}
+
+
+@pytest.mark.parametrize("kind", LIES)
+def test_metadata_that_lie_are_one_line(tmp_path, kind):
+    changes, message = LIES[kind]
+    with pytest.raises(ValueError, match=message) as refused:
+        Detector(spot_model(tmp_path / "spot.onnx", **changes))
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 600
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(format=None), r"an ONNX file, but not one of castling_det \(no castling_det.format in it\).*export_onnx"),
-        (dict(format="2"), r"format '2', this version of castling_det reads '1'"),
-        (dict(outputs="raw"), r"model .*spot.onnx: outputs='raw': expected 'detections'; export without --raw"),
-        (dict(preprocessing="outside"), r"preprocessing='outside'.*--no-preprocessing"),
-        (dict(classes=None), r"castling_det.classes is missing or no JSON"),
-        (dict(classes=3), r"castling_det.classes=3: expected list"),
-        (dict(pad_values=[1.0]), r"pad_values=\[1.0\]: expected 3 numbers"),
-        (dict(pad_size_divisor=True), r"pad_size_divisor=True: expected int"),
-        (dict(pipeline=[{"type": "Rotate"}]), r"has the step 'Rotate', this version knows Equalize, Resize, Pad"),
-        (dict(pipeline=[{"type": "Resize", "scale": [1, 1]}]), r"Resize without interpolation, keep_ratio"),
+        (dict(label=2), r"spot.onnx: gives label 2, but names 2 classes; export it again"),
+        (dict(half_side=np.nan), r"spot.onnx: gives boxes or scores that are not finite"),
     ],
     ids=str,
 )
-def test_a_file_that_is_not_ours(tmp_path, changes, message):
+def test_outputs_that_do_not_fit_are_one_line(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
-        Detector(spot_model(tmp_path / "spot.onnx", **changes))
+        Detector(spot_model(tmp_path / "spot.onnx", **changes))(photo())
+
+
+def test_a_file_that_names_weights_elsewhere_is_refused(tmp_path, monkeypatch):
+    """Below 1.18 onnxruntime reads any path that a file names; later versions and we refuse."""
+    onnx = pytest.importorskip("onnx")
+    model = onnx.load(spot_model(tmp_path / "spot.onnx"))
+    weight = model.graph.initializer[0]
+    weight.ClearField("raw_data")
+    weight.data_location = onnx.TensorProto.EXTERNAL
+    weight.external_data.add(key="location", value="../../../../etc/passwd")
+    (tmp_path / "outside.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(ValueError, match=r"outside.onnx: not an ONNX file that onnxruntime reads"):
+        Detector(tmp_path / "outside.onnx")
+    monkeypatch.setattr("onnxruntime.__version__", "1.17.3")
+    with pytest.raises(ValueError, match=r"onnxruntime 1.17.3 reads any file.*pip install 'onnxruntime>=1.18'"):
+        Detector(tmp_path / "spot.onnx")
 
 
 def test_another_interface_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"outputs boxes, scores: expected images and boxes, scores, labels"):
+    with pytest.raises(ValueError, match=r"outputs .*expected float images \(batch, 3, height, width\), and"):
         Detector(spot_model(tmp_path / "two.onnx", output_names=("boxes", "scores")))
-    with pytest.raises(ValueError, match=r"images of shape \['batch', 4, .*expected three channels"):
+    with pytest.raises(ValueError, match=r"inputs .* 4, \[4\]\).*expected float images"):
         Detector(spot_model(tmp_path / "four.onnx", channels=4))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 import pytest
 from mmcv.transforms import Compose
@@ -9,7 +10,7 @@ from mmdet.registry import TRANSFORMS  # noqa: F401  # fills the registry
 from mmengine.registry import init_default_scope
 
 from castling_det.runtime import preprocess
-from castling_det.runtime.preprocess import Prepared, equalize, padded_to_multiple, prepare
+from castling_det.runtime.preprocess import Prepared, Step, equalize, padded_to_multiple, prepare
 from castling_det.runtime.sources import read_image
 from tests.runtime.conftest import REAL, needs_data
 
@@ -52,7 +53,7 @@ def test_pixels_equal_mmdetections(steps, hw):
     generator = np.random.default_rng(hw[0])
     image = (generator.integers(0, 256, (*hw, 3)) * generator.random(3)).astype(np.uint8)
     expected = mmdet_pipeline(steps)({"img": image})
-    actual = prepare(image, steps)
+    actual = prepare(image, msgspec.convert(steps, list[Step]))
     np.testing.assert_array_equal(actual.pixels, expected["img"], strict=True)
     # mmdet's scale factor is (x, y); the content is what there is before a Pad.
     ratio = (actual.content_hw[1] / hw[1], actual.content_hw[0] / hw[0])
@@ -67,7 +68,9 @@ def test_real_tiles_equal_mmdetections():
     pipeline = mmdet_pipeline(steps, load="LoadImageFromFile")
     for file in files:
         expected = pipeline({"img_path": str(file)})["img"]
-        np.testing.assert_array_equal(prepare(read_image(file), steps).pixels, expected, strict=True)
+        np.testing.assert_array_equal(
+            prepare(read_image(file), msgspec.convert(steps, list[Step])).pixels, expected, strict=True
+        )
     assert len(files) == 8
 
 

@@ -1,14 +1,18 @@
-"""What a source is, and how what cannot be read is said."""
+"""What a source is, and how it says which images cannot be read."""
 
 from __future__ import annotations
+
+import os
+import struct
+import tracemalloc
+import zlib
 
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
-from castling_det.runtime.run import open_source
-from castling_det.runtime.sources import UnreadableImage, find_images, read_image
-from castling_det.runtime.video import Video, VideoFile
+from castling_det.runtime.sources import UnreadableImage, open_source, read_image
 from tests.runtime.conftest import photo
 
 
@@ -30,11 +34,29 @@ def test_folder_glob_and_file(folder):
     assert names(folder / "b.png") == ["b.png"]
     assert names(folder / "*.png") == ["b.png"]
     assert names(folder / "**" / "*") == ["a.JPG", "b.png", "below/c.bmp"], "paths below what they share"
-
-
-def test_pixels_are_the_files(folder):
-    (frame,) = open_source(str(folder / "b.png"), max_pixels=10_000)
+    (frame,) = open_source(str(folder / "b.png"))
     np.testing.assert_array_equal(frame.image, photo(seed=0))
+
+
+def test_whatever_is_named_like_an_image_is_counted(tmp_path):
+    """None of these is opened: a pipe without a writer would wait for ever."""
+    cv2.imwrite(str(tmp_path / "good.png"), photo())
+    (tmp_path / "linked.png").symlink_to(tmp_path / "good.png")
+    (tmp_path / "dangling.png").symlink_to(tmp_path / "gone.png")
+    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
+    (tmp_path / "device.png").symlink_to("/dev/zero")
+    (tmp_path / "folder.png").mkdir()
+    os.mkfifo(tmp_path / "pipe.png")
+    for name in ("anim.gif", "photo.AVIF", "photo.heic"):
+        Image.fromarray(photo()).save(tmp_path / name, format="GIF")
+    for source in (tmp_path, tmp_path / "*"):
+        frames = {frame.name: frame for frame in open_source(str(source))}
+        assert sorted(name for name, frame in frames.items() if frame.image is not None) == ["good.png", "linked.png"]
+        bad = {name: frame.problem for name, frame in frames.items() if frame.missing == 1}
+        assert set(bad) == {
+            "dangling.png", "loop.png", "device.png", "folder.png", "pipe.png", "anim.gif", "photo.AVIF", "photo.heic"
+        }  # fmt: skip
+        assert "not a file" in bad["pipe.png"] and "convert it to PNG" in bad["anim.gif"]
 
 
 @pytest.mark.parametrize("shape", [(6, 5), (6, 5, 4)], ids=["gray", "alpha"])
@@ -54,7 +76,7 @@ def test_files_of_other_channels_become_three(tmp_path, shape):
 def test_sources_without_images(tmp_path, source, message):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=message):
-        find_images(str(tmp_path / source))
+        open_source(str(tmp_path / source))
 
 
 def test_files_that_are_no_images(tmp_path):
@@ -69,68 +91,99 @@ def test_files_that_are_no_images(tmp_path):
     with pytest.raises(UnreadableImage, match=r"48 x 64 pixels: expected at least one and at most 3,071 in all"):
         read_image(whole, max_pixels=48 * 64 - 1)
     assert read_image(whole, max_pixels=48 * 64).shape == (48, 64, 3)
+    with (tmp_path / "sparse.png").open("wb") as file:
+        file.truncate(10**12)
+    with pytest.raises(UnreadableImage, match=r"1,000,000,000,000 bytes: more than an image"):
+        read_image(tmp_path / "sparse.png")
 
 
-def test_a_missing_camera():
-    with pytest.raises(ValueError, match=r"camera 97: cannot be opened; check that it is connected"):
-        open_source("97", max_pixels=1)
+FORMATS = {
+    "png": dict(format="PNG"),
+    "bmp": dict(format="BMP"),
+    "jpeg": dict(format="JPEG", exif=b"Exif\0\0" + b"\xff" * 99),
+    "progressive": dict(format="JPEG", progressive=True),
+    "tiff": dict(format="TIFF", compression="tiff_deflate"),
+    "webp": dict(format="WEBP"),
+    "lossless": dict(format="WEBP", lossless=True),
+    "with alpha": dict(format="WEBP"),
+}
 
 
-def write_video(path, frames=6):
-    with VideoFile(path, 10.0) as video:
+@pytest.mark.parametrize("kind", FORMATS)
+def test_too_many_pixels_are_refused_before_decoding(tmp_path, kind, monkeypatch):
+    """By the header alone, in every format that OpenCV reads."""
+    pixels = Image.fromarray(photo((70, 130)))
+    if kind == "with alpha":
+        pixels.putalpha(pixels.getchannel("G"))
+    pixels.save(tmp_path / "photo.png", **FORMATS[kind])
+    assert read_image(tmp_path / "photo.png", max_pixels=70 * 130).shape == (70, 130, 3)
+    monkeypatch.setattr(cv2, "imdecode", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(UnreadableImage, match=r"70 x 130 pixels: expected at least one and at most 9,099"):
+        read_image(tmp_path / "photo.png", max_pixels=70 * 130 - 1)
+
+
+def test_a_bomb_takes_no_memory(tmp_path):
+    """100 kB that would be 4.8 GB of pixels."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 40_000, 40_000, 8, 2, 0, 0, 0))
+    content = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(10**8))) + chunk(b"IEND", b"")
+    (tmp_path / "bomb.png").write_bytes(content)
+    tracemalloc.start()
+    with pytest.raises(UnreadableImage, match=r"40000 x 40000 pixels"):
+        read_image(tmp_path / "bomb.png")
+    assert tracemalloc.get_traced_memory()[1] < 10**6
+    tracemalloc.stop()
+
+
+@pytest.fixture
+def clip(tmp_path):
+    def write(frames=6):
+        path = tmp_path / "clip.mp4"
+        writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), 10.0, (96, 64))
         for index in range(frames):
-            video.add(photo((64, 96), None, seed=index))
-    return path
+            writer.write(photo((64, 96), None, seed=index))
+        writer.release()
+        return path
+
+    return write
 
 
-def test_a_video_frame_by_frame(tmp_path):
-    source = open_source(str(write_video(tmp_path / "clip.mp4")), max_pixels=10_000)
-    assert source.total == 6 and source.fps == 10.0
+def test_a_video_frame_by_frame(clip):
+    pytest.importorskip("supervision")
+    source = open_source(str(clip()), max_pixels=10_000)
+    assert source.total == 6 and source.info.fps == 10.0
     frames = list(source)
     assert [frame.name for frame in frames] == [f"clip.mp4#{number:06d}" for number in range(1, 7)]
     assert all(frame.image.shape == (64, 96, 3) for frame in frames)
-    assert len(list(Video(str(tmp_path / "clip.mp4"), max_frames=4))) == 4
+    assert len(list(open_source(str(clip()), max_frames=4))) == 4
+    small = open_source(str(clip(2)), max_pixels=100)
+    assert [(frame.missing, "64 x 96 pixels" in frame.problem) for frame in small] == [(1, True)] * 2
 
 
-def test_frames_that_cannot_be_read_are_one_line(tmp_path, monkeypatch):
-    """Of nine frames the second, the third and the last two fail to decode."""
-    source = open_source(str(write_video(tmp_path / "clip.mp4", 9)), max_pixels=10_000)
-    read, calls = source._capture.read, iter(range(1, 100))
+def test_frames_that_the_file_promises_are_counted(clip, monkeypatch):
+    supervision = pytest.importorskip("supervision")
+    from_path = supervision.VideoInfo.from_video_path
 
-    class Flaky:
-        def read(self):
-            result = read()
-            return (False, None) if next(calls) in (2, 3, 8, 9) else result
+    def boasting(path):
+        info = from_path(path)
+        info.total_frames, info.fps = 10**9, float("nan")
+        return info
 
-        def release(self):
-            self.released = True
-
-    source._capture = Flaky()
-    frames = list(source)
-    assert [(frame.missing, frame.image is None) for frame in frames] == [
-        (0, False), (2, True), (0, False), (0, False), (0, False), (0, False), (2, True),
-    ]  # fmt: skip
-    problems = [frame.problem for frame in frames if frame.problem]
-    assert problems[0].startswith("clip.mp4: frames 2 to 3 of 9 cannot be read") and "8 to 9 of 9" in problems[1]
-    assert source._capture.released
+    monkeypatch.setattr(supervision.VideoInfo, "from_video_path", boasting)
+    source = open_source(str(clip()))
+    *frames, last = source
+    assert source.info.fps == 25.0 and len(frames) == 6 and all(frame.image is not None for frame in frames)
+    assert last.missing == 10**9 - 6 and "clip.mp4: ends after 6 of 1000000000 frames" in last.problem
 
 
-def test_a_file_that_is_no_video(tmp_path):
-    (tmp_path / "clip.mp4").write_bytes(write_video(tmp_path / "whole.mp4").read_bytes()[:200])
-    with pytest.raises(ValueError, match=r"video .*clip.mp4: not a video that OpenCV opens, or damaged"):
-        open_source(str(tmp_path / "clip.mp4"), max_pixels=1)
-
-
-def test_frames_over_the_limit_are_said(tmp_path):
-    source = Video(str(write_video(tmp_path / "clip.mp4", 2)), max_pixels=100)
-    assert [(frame.missing, "64 x 96 pixels" in frame.problem) for frame in source] == [(1, True)] * 2
-
-
-def test_a_video_that_fails_leaves_nothing(tmp_path):
-    class Stop(Exception):
-        pass
-
-    with pytest.raises(Stop), VideoFile(tmp_path / "new.mp4", 10.0) as video:
-        video.add(photo())
-        raise Stop
-    assert list(tmp_path.iterdir()) == []
+def test_a_file_that_is_no_video(clip, tmp_path, monkeypatch):
+    pytest.importorskip("supervision")
+    (tmp_path / "cut.mp4").write_bytes(clip().read_bytes()[:200])
+    with pytest.raises(ValueError, match=r"video .*cut.mp4: not a video that OpenCV opens, or damaged"):
+        open_source(str(tmp_path / "cut.mp4"))
+    monkeypatch.setitem(__import__("sys").modules, "supervision", None)
+    with pytest.raises(ValueError, match=r"needs supervision .*pip install 'castling-det\[video\]'"):
+        open_source(str(tmp_path / "cut.mp4"))

@@ -1,4 +1,4 @@
-"""Images larger than the network's input, through SAHI's own `get_sliced_prediction`."""
+"""Images larger than the network's input, tile by tile."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ pytest.importorskip("sahi")
 from castling_det.runtime.detections import Detections
 from castling_det.runtime.detector import Detector
 from castling_det.runtime.sources import read_image
-from castling_det.runtime.tiled import TileModel, detect_tiled
+from castling_det.runtime.tiled import detect_tiled
 from tests.runtime.conftest import FULL, REAL, needs_data, photo, spot_model
 
 
@@ -33,6 +33,39 @@ class Squares:
             scores = np.array([area / 1000 for *_, area in stats[1:]], np.float32)  # a cut one has a lower score
             found.append(Detections(boxes, scores, np.zeros(count - 1, np.int64), self.classes))
         return found
+
+
+@needs_data
+def test_sahi_itself_finds_the_same(model):
+    """`get_sliced_prediction` of SAHI, with a model of its own kind around the same detector."""
+    from sahi.models.base import DetectionModel
+    from sahi.predict import get_sliced_prediction
+    from sahi.prediction import ObjectPrediction
+
+    class Model(DetectionModel):
+        def set_model(self, model, **_):
+            self.model, self.category_mapping = model, {"0": "leaf", "1": "spot"}
+
+        def perform_inference(self, image):
+            self.found = self.model.detect([image])[0]
+
+        def _create_object_prediction_list_from_original_predictions(
+            self, shift_amount_list=None, full_shape_list=None
+        ):
+            shift, rows = shift_amount_list[0], zip(self.found.boxes.tolist(), self.found.scores.tolist(), strict=True)
+            one = [ObjectPrediction(bbox=box, category_id=1, score=score, shift_amount=shift) for box, score in rows]
+            self._object_prediction_list_per_image = [one]
+
+    backend, image = Detector(model).backend, read_image(FULL)[:400, :500]
+    expected = get_sliced_prediction(
+        image, Model(model=backend, confidence_threshold=0.0, device="cpu"), slice_height=96, slice_width=96,
+        overlap_height_ratio=0.3, overlap_width_ratio=0.3, perform_standard_pred=False, postprocess_type="NMS",
+        postprocess_match_metric="IOS", postprocess_match_threshold=0.5, force_postprocess_type=True, verbose=0,
+    ).object_prediction_list  # fmt: skip
+    found = detect_tiled(backend, image, tile=96, overlap=0.3)
+    assert len(found) == len(expected) > 20
+    boxes = np.array([one.bbox.to_xyxy() for one in expected])
+    np.testing.assert_allclose(np.sort(found.boxes, axis=0), np.sort(boxes, axis=0), atol=1e-3)
 
 
 @needs_data
@@ -81,9 +114,6 @@ def test_detector_takes_large_images_in_tiles(tmp_path):
     np.testing.assert_array_equal(detector(cropped).boxes, Detector(model)(cropped).boxes)
 
 
-def test_the_process_keeps_its_devices(model, monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2")
-    TileModel(Detector(model).backend)
-    import os
-
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == "2"
+def test_tiles_without_a_detection_give_none():
+    found = detect_tiled(Squares(), np.zeros((100, 90, 3), np.uint8), tile=32)
+    assert len(found) == 0 and found.boxes.shape == (0, 4) and found.classes == ("square",)

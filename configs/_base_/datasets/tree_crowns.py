@@ -1,6 +1,6 @@
-# Aerial images with hand-drawn tree crowns, prepared by tools/prepare_tree_crowns.py: tiles of 256 pixels, seen at 192.
-# At three quarters of its size an image shows more trees in the same time, and each in its surroundings: trained for
-# minutes from scratch, that is worth more than detail.
+# Aerial images with hand-drawn tree crowns, prepared by tools/dataset_converters/tree_crowns.py: tiles of 256 pixels,
+# seen at 192. At three quarters of its size an image shows more trees in the same time, and each in its surroundings:
+# trained for minutes from scratch, that is worth more than detail.
 dataset_type = "castling_det.CheckedCocoDataset"
 data_root = "data/tree_crowns/"
 metainfo = dict(classes=("tree",), palette=[(46, 160, 67)])

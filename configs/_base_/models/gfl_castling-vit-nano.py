@@ -15,7 +15,7 @@ model = dict(
         num_heads=2,
         mlp_ratio=2.0,
         stem="conv",
-        local_conv_kernel_size=7,
+        attn_cfg=dict(local_conv_kernel_size=7),
         patch_size=8,
         img_size=256,
         drop_path_rate=0.05,

@@ -1,5 +1,5 @@
 # 100 epochs from scratch on 8 GPUs of 16 images each; --auto-scale-lr adapts the rate to other batch sizes.
-_base_ = "mmdet::_base_/default_runtime.py"
+_base_ = ["mmdet::_base_/default_runtime.py", "../custom_imports.py"]
 
 max_epochs = 100
 warmup_iters = 2000
@@ -8,6 +8,7 @@ val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")
 optim_wrapper = dict(
     type="AmpOptimWrapper",
+    dtype="float16",
     optimizer=dict(type="AdamW", lr=1e-3, betas=(0.9, 0.98), weight_decay=0.05),
     paramwise_cfg=dict(norm_decay_mult=0.0, bias_decay_mult=0.0),
     clip_grad=dict(max_norm=5.0),

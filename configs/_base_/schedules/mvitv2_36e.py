@@ -1,6 +1,6 @@
 # MViTv2's 36 epochs: AdamW, mixed precision, batches of 64 images: 8 GPUs of 2, gradients of 4 iterations averaged.
 # On larger GPUs 8 of 8 at once is the same.
-_base_ = "mmdet::_base_/default_runtime.py"
+_base_ = ["mmdet::_base_/default_runtime.py", "../custom_imports.py"]
 
 max_epochs = 36
 train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=max_epochs, val_interval=2)
@@ -8,6 +8,7 @@ val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")
 optim_wrapper = dict(
     type="AmpOptimWrapper",
+    dtype="float16",
     optimizer=dict(type="AdamW", lr=1.6e-4, betas=(0.9, 0.999), weight_decay=0.1),
     paramwise_cfg=dict(norm_decay_mult=0.0, custom_keys=dict(rel_pos=dict(decay_mult=0.0))),
     accumulative_counts=4,

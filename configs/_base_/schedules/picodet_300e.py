@@ -1,6 +1,6 @@
 # PicoDet's 300 epochs: SGD, cosine to zero after a linear warm-up, cycle-EMA. Published on 4 GPUs of 128 images each,
 # here 8 of 64; --auto-scale-lr adapts the rate to other batch sizes.
-_base_ = "mmdet::_base_/default_runtime.py"
+_base_ = ["mmdet::_base_/default_runtime.py", "../custom_imports.py"]
 
 max_epochs = 300
 warmup_iters = 300

@@ -1,6 +1,6 @@
 # ViTDet's 100 epochs: AdamW with a learning rate that decays from layer to layer, mixed precision, batches of 64
 # images: 8 GPUs of 2, gradients of 4 iterations averaged. On larger GPUs 8 of 8 at once is the same.
-_base_ = "mmdet::_base_/default_runtime.py"
+_base_ = ["mmdet::_base_/default_runtime.py", "../custom_imports.py"]
 
 max_epochs = 100
 train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=max_epochs, val_interval=5)
@@ -8,6 +8,7 @@ val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")
 optim_wrapper = dict(
     type="AmpOptimWrapper",
+    dtype="float16",
     constructor="castling_det.LayerDecayOptimWrapperConstructor",
     optimizer=dict(type="AdamW", lr=1e-4, betas=(0.9, 0.999), weight_decay=0.1),
     paramwise_cfg=dict(decay_rate=0.7, norm_decay_mult=0.0, custom_keys=dict(pos_embed=dict(decay_mult=0.0))),

@@ -1,1 +1,0 @@
-"""Benchmarks and maintainers' figures, on their way to tools/."""

@@ -1,0 +1,367 @@
+"""The records of a report: plain dataclasses, written and read as JSON by msgspec. Everything is rendered from them."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from castling_det.files import write_text
+
+SCHEMA = "castling_det.report/3"
+"""Name and version of the JSON form. Any change of a field raises the version; older versions are not read."""
+
+METRICS = ("mAP", "mAP50", "mAP75", "mAP_s", "mAP_m", "mAP_l")
+"""COCO's average precisions, in [0, 1]: over IoU 0.50 to 0.95, at 0.50, at 0.75, of small, medium and large boxes."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Series:
+    """A quantity over training: `values[i]` at iteration `steps[i]`, None where it was not finite."""
+
+    steps: tuple[int, ...] = ()
+    values: tuple[float | None, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.steps) != len(self.values) or list(self.steps) != sorted(set(self.steps)):
+            count = len(self.values)
+            raise ValueError(f"steps: expected {count} ascending iterations, one a value, got {self.steps[:9]}")
+
+    def thinned(self, points: int = 40) -> Series:
+        """At most `points` of the values, evenly spread, first and last among them, to five digits."""
+        last, gaps = len(self.steps) - 1, min(points, len(self.steps)) - 1
+        kept = [round(index * last / max(gaps, 1)) for index in range(gaps + 1)]
+        values = [self.values[index] for index in kept]
+        rounded = tuple(None if value is None else float(f"{value:.5g}") for value in values)
+        return Series(tuple(self.steps[index] for index in kept), rounded)
+
+
+@dataclass(frozen=True)
+class MaskOccupancy:
+    """What the mask of the softmax branch kept in each layer (`blocks.0`), in [0, 1], over training.
+
+    `empty_from` is the first logged iteration from which on no layer kept anything, None if there is none.
+    """
+
+    empty_from: int | None = None
+    kept_fraction: dict[str, Series] = field(default_factory=dict)
+    kept_mass: dict[str, Series] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Latency:
+    """A measured latency: median in milliseconds of one image at `input_shape` (height, width) in pixels.
+
+    `threads` are torch's on the CPU. `peak_mib` is memory in MiB beyond what stood before the call. `source` names the
+    record that it was read from.
+    """
+
+    p50_ms: float
+    threads: int
+    device: str
+    input_shape: tuple[int, int]
+    peak_mib: float | None = None
+    source: str | None = None
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a record was made. `device` is the accelerator's name or `cpu`; `commit` that of the checkout, if any."""
+
+    torch: str
+    device: str
+    cpu: str
+    threads: int
+    python: str
+    commit: str | None
+
+    def __str__(self) -> str:
+        return (
+            f"{self.cpu}, {self.threads} threads, device {self.device}, torch {self.torch}, Python {self.python}, "
+            f"commit {self.commit or 'none, not a checkout'}"
+        )
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Percentiles of one call in milliseconds."""
+
+    p20_ms: float
+    p50_ms: float
+    p80_ms: float
+
+
+@dataclass(frozen=True)
+class BenchmarkRow:
+    """One variant of attention at one input of a benchmark: the fields that a report reads.
+
+    `level` is core, block, backbone or detector. `height` x `width` are of the map of tokens (core, block) or of the
+    image in pixels. Its `status` is ok, failed or skipped.
+    """
+
+    level: str
+    variant: str
+    passes: str
+    dtype: str
+    batch: int
+    height: int
+    width: int
+    tokens: int
+    status: str = "ok"
+    timing: Timing | None = None
+    peak_mib: float | None = None
+    parity_ok: bool | None = None
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A record of tools/benchmark.py. `detector` is the pattern of the measured detector's configs."""
+
+    machine: Machine
+    created_by: str
+    detector: str | None
+    rows: tuple[BenchmarkRow, ...]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """mAP of the runs `name` minus the baseline's: the mean over `pairs` of runs, one a seed, and its interval.
+
+    `low` to `high` is the central interval at `confidence` over `resamples` draws of the `images` test images with
+    replacement, the same draws for both detectors, from the seed `bootstrap_seed`.
+    """
+
+    name: str
+    value: float
+    low: float
+    high: float
+    confidence: float
+    pairs: int
+    images: int
+    resamples: int
+    bootstrap_seed: int
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Detections of an image that are right (tp) and wrong (fp), and objects that were missed (fn)."""
+
+    tp: int
+    fp: int
+    fn: int
+
+    @property
+    def f1(self) -> float:
+        """2 tp / (2 tp + fp + fn), in [0, 1]; 1 where there was nothing to find and nothing was found."""
+        total = 2 * self.tp + self.fp + self.fn
+        return 2 * self.tp / total if total else 1.0
+
+
+@dataclass(frozen=True)
+class ImageComparison:
+    """The counts of two detectors on one image of the annotation file."""
+
+    image_id: int
+    file_name: str
+    baseline: Counts
+    deployed: Counts
+
+    @property
+    def f1_difference(self) -> float:
+        """Deployed minus baseline, in [-1, 1]."""
+        return self.deployed.f1 - self.baseline.f1
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two detectors image by image, largest differences first. Boxes count from `score_threshold`, right at `iou`."""
+
+    baseline: str
+    deployed: str
+    seed: int | None
+    score_threshold: float
+    iou: float
+    images: tuple[ImageComparison, ...]
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One detector: how it was trained, what it scored, what it costs. A failed one has a `reason`.
+
+    `name` groups runs that differ in `seed` alone. `checkpoint_sha256` is that of the file that was tested. `precision`
+    is the precision at recall 0, 0.01, ..., 1 with IoU 0.50, by category. `gmacs` are 10^9 multiply-adds of one image
+    at `input_shape` (height, width) in pixels. `train_seconds` is the time of the iterations, without validation.
+    `loss` and `validation` (mAP) are thinned; `final_loss` is the mean over the last quarter of training. Only the
+    report's first run with a mask keeps its curves. `notes` say what is missing and why.
+    """
+
+    name: str
+    reason: str | None = None
+    seed: int | None = None
+    attention: str | None = None
+    work_dir: str | None = None
+    config: str | None = None
+    checkpoint: str | None = None
+    checkpoint_sha256: str | None = None
+    metrics: dict[str, float | None] = field(default_factory=dict)
+    metrics_source: str | None = None
+    precision: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    params: int | None = None
+    gmacs: float | None = None
+    gmacs_by_kind: dict[str, float] = field(default_factory=dict)
+    input_shape: tuple[int, int] | None = None
+    latency: Latency | None = None
+    train_seconds: float | None = None
+    iterations: int | None = None
+    loss: Series = Series()
+    final_loss: float | None = None
+    validation: Series = Series()
+    mask: MaskOccupancy = field(default_factory=MaskOccupancy)
+    commands: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if unknown := sorted(set(self.metrics) - set(METRICS)):
+            raise ValueError(f"metrics: unknown {unknown}; expected some of {', '.join(METRICS)}")
+
+    @property
+    def ok(self) -> bool:
+        """Whether the run did what it should."""
+        return self.reason is None
+
+
+@dataclass(frozen=True)
+class Report:
+    """A set of runs compared with the one named `baseline`; `deployed` names the one that is shipped."""
+
+    baseline: str
+    deployed: str
+    dataset: str
+    created_by: str
+    created_at: str
+    machine: Machine
+    runs: tuple[RunRecord, ...]
+    comparison: Comparison | None = None
+    differences: tuple[Difference, ...] = ()
+    benchmarks: tuple[Benchmark, ...] = ()
+
+    def __post_init__(self) -> None:
+        for label, name in (("baseline", self.baseline), ("deployed", self.deployed)):
+            if name not in self.names:
+                raise ValueError(f"{label}={name!r}: expected the name of a run, one of {sorted(self.names)}")
+
+    @property
+    def failed(self) -> tuple[RunRecord, ...]:
+        """The runs that failed."""
+        return tuple(run for run in self.runs if not run.ok)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the runs, in the order given, each once."""
+        return unique(run.name for run in self.runs)
+
+    def runs_named(self, name: str) -> tuple[RunRecord, ...]:
+        """The runs of one name, one a seed, failed ones included."""
+        return tuple(run for run in self.runs if run.name == name)
+
+    def difference_of(self, name: str) -> Difference | None:
+        """The bootstrap's result for the runs of one name, if it was made."""
+        return next((difference for difference in self.differences if difference.name == name), None)
+
+
+def unique(names: Iterable[str]) -> tuple[str, ...]:
+    """`names` in their order, each once."""
+    return tuple(dict.fromkeys(names))
+
+
+def read_json(path: str | os.PathLike[str], kind: type[T], expected: str) -> T:
+    """The content of a JSON file as a `kind`, which msgspec checks field by field.
+
+    Raises:
+        ValueError: one line that names the file, the field and what was `expected`.
+    """
+    try:
+        if not Path(path).is_file():
+            raise ValueError("no such regular file")
+        return msgspec.json.decode(Path(path).read_bytes(), type=kind)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not readable as {expected}: {' '.join(str(error).split())}") from error
+
+
+def write_document(path: str | os.PathLike[str], value: Any, *, schema: str, field: str) -> None:
+    """Writes the dataclass `value` as `{"schema": schema, field: ...}`, which `read_document` takes back.
+
+    Raises:
+        ValueError: a value that would not come back, such as NaN for a number.
+    """
+    encoded = msgspec.json.encode(value)
+    msgspec.json.decode(encoded, type=type(value))
+    document = msgspec.json.encode({"schema": schema, field: msgspec.Raw(encoded)})
+    write_text(path, document.decode() + "\n")
+
+
+def read_document(path: str | os.PathLike[str], kind: type[T], *, schema: str, field: str, fix: str) -> T:
+    """Reads what `write_document` wrote.
+
+    Raises:
+        ValueError: not readable JSON, another schema or version, or a field that does not fit; says the `fix`.
+    """
+    document = read_json(path, dict[str, msgspec.Raw], f"a record ({fix})")
+    found = msgspec.json.decode(document.get("schema", b"null"))
+    if found != schema:
+        raise ValueError(f"{path}: schema={found!r}: expected {schema!r}; {fix}")
+    try:
+        return msgspec.json.decode(document.get(field, b"null"), type=kind)
+    except msgspec.DecodeError as error:
+        raise ValueError(f"{path}: {field}: {error}; {fix}") from error
+
+
+def write_report_json(path: str | os.PathLike[str], report: Report) -> None:
+    """Writes the record, from which `read_report` gives an equal one."""
+    write_document(path, report, schema=SCHEMA, field="report")
+
+
+def read_report(path: str | os.PathLike[str]) -> Report:
+    """Reads what `write_report_json` wrote; ValueError as `read_document`."""
+    return read_document(path, Report, schema=SCHEMA, field="report", fix="make the report again with tools/report.py")
+
+
+def this_machine() -> Machine:
+    """Describes the machine and the checkout that this process runs on."""
+    import torch
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    threads, version = torch.get_num_threads(), str(torch.__version__)
+    return Machine(version, device, _cpu_model(), threads, platform.python_version(), _commit())
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
+
+
+def _commit() -> str | None:
+    """The commit of the checkout, with `+changes` if files differ from it; None outside of one."""
+    place = Path(__file__)
+
+    def git(*arguments: str) -> str:
+        command = ["git", *arguments]
+        return subprocess.run(command, cwd=place.parent, capture_output=True, text=True, timeout=10, check=True).stdout
+
+    try:
+        # An installed wheel may lie in somebody else's repository: ask whether git tracks this very file.
+        git("ls-files", "--error-unmatch", place.name)
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD").strip() + ("+changes" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,337 @@
+"""A report as Markdown, CSV, JSON and one HTML page that needs no other file. Rendered from the records alone."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import statistics
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from castling_det.files import write_text
+from castling_det.report.compare import Spread, Summary, crossover, summaries
+from castling_det.report.gallery import BOXES, Row
+from castling_det.report.records import METRICS, BenchmarkRow, Report, RunRecord, unique, write_report_json
+
+RUN_COLUMNS = (*METRICS, "iterations", "training", "checkpoint sha256")
+
+
+def write_report(out_dir: Path, report: Report, pictures: Sequence[Row] = (), attention: Sequence[Any] = ()) -> None:
+    """Writes `report.json`, `report.md`, `report.csv` and `index.html` into `out_dir`, each atomically.
+
+    Args:
+        out_dir: made if it is not there.
+        report: the record.
+        pictures: the gallery of the report's comparison.
+        attention: pictures of tools/attention.py.
+    """
+    write_report_json(out_dir / "report.json", report)
+    write_text(out_dir / "report.md", markdown(report))
+    write_text(out_dir / "report.csv", csv_text(report))
+    write_text(out_dir / "index.html", html_page(report, pictures, attention))
+
+
+def markdown_table(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table, columns padded to one width, the first to the left and the others to the right."""
+    cells = [[one_line(cell) for cell in row] for row in (head, *body)]
+    widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    top, *rest = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in cells)
+    return ["| " + " | ".join(row) + " |" for row in (top, rule, *rest)]
+
+
+def one_line(text: str) -> str:
+    """The text as one line of Markdown that can neither break a table nor be HTML."""
+    return printable(" ".join(text.split())).replace("|", "\\|").replace("<", "&lt;")
+
+
+def printable(text: str) -> str:
+    """The text with U+FFFD for what no file or page can show: control characters, halves of surrogate pairs."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else "\N{REPLACEMENT CHARACTER}" for letter in text)
+
+
+def headline(report: Report, *, brief: bool = True) -> str:
+    """The table with its units and the machine, without headings: to stand in another document."""
+    text = "mAP in [0, 1]; ± is the sample standard deviation over seeds. GMACs are 10^9 multiply-adds of one image."
+    text = one_line(" ".join(filter(None, (text, _interval_note(report), _latency_note(report)))))
+    lines = [*markdown_table(*_table(report, brief)), "", *textwrap.wrap(text, 128), "", one_line(str(report.machine))]
+    return "\n".join(lines) + "\n"
+
+
+def loss_table(report: Report) -> str:
+    """How low the training losses end: the mean over a name's seeds, and the difference from the baseline's.
+
+    Runs of one seed see the same images in the same order, so that most of the noise of a loss is the same in both.
+    """
+    body = []
+    for summary in summaries(report):
+        difference = "baseline" if summary.name == report.baseline else _text(summary.loss_difference, "+")
+        body.append([summary.name, str(summary.seeds), _text(summary.loss), difference])
+    return "\n".join(markdown_table(("run", "seeds", "loss", f"loss - {report.baseline}"), body)) + "\n"
+
+
+def markdown(report: Report) -> str:
+    """The table, failed runs, every single run, how it was made."""
+    lines = [one_line(f"# {report.deployed} against {report.baseline}"), "", one_line(f"Data: {report.dataset}."), ""]
+    lines += [headline(report, brief=False).rstrip()]
+    lines += [text for note in _notes(report) for text in ("", f"Note: {one_line(note)}")]
+    if report.failed:
+        lines += ["", "## Failed", "", *(f"- {one_line(line)}" for line in _failures(report))]
+    body = [[run.name, *_run_cells(run)] for run in report.runs]
+    lines += ["", "## Every run", "", *markdown_table(("run", "seed", "status", *RUN_COLUMNS), body)]
+    created, *commands = map(_code, _commands(report))
+    lines += ["", "## How it was made", "", f"- {created}, {report.created_at}", *(f"- {line}" for line in commands)]
+    return "\n".join(lines) + "\n"
+
+
+def _code(text: str) -> str:
+    """A code span, of two backticks where the text holds one itself."""
+    line = printable(" ".join(text.split()))
+    return f"`` {line.replace('``', '` `')} ``" if "`" in line else f"`{line}`"
+
+
+def csv_text(report: Report) -> str:
+    """One row a run, failed ones too, units in the names. An empty cell is a number that is not known."""
+    rows = [_csv_row(report, run) for run in report.runs]
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return printable(buffer.getvalue())
+
+
+def _csv_row(report: Report, run: RunRecord) -> dict[str, object]:
+    found = report.difference_of(run.name)
+    latency = asdict(run.latency) if run.latency is not None else {}
+    difference = asdict(found) if found is not None else {}
+    height, width = run.input_shape or (None, None)
+    timed_height, timed_width = latency.get("input_shape", (None, None))
+    return {
+        "run": run.name,
+        "seed": run.seed,
+        "status": "ok" if run.ok else "failed",
+        "reason": run.reason,
+        "attention": run.attention,
+        **{name: run.metrics.get(name) for name in METRICS},
+        "metrics_source": run.metrics_source,
+        "baseline": report.baseline,
+        "mAP_minus_baseline_mean_over_seeds": difference.get("value"),
+        "mAP_minus_baseline_low": difference.get("low"),
+        "mAP_minus_baseline_high": difference.get("high"),
+        "interval_confidence": difference.get("confidence"),
+        "interval_resamples": difference.get("resamples"),
+        "params": run.params,
+        "gmacs": run.gmacs,
+        "gmacs_input_height_px": height,
+        "gmacs_input_width_px": width,
+        "latency_p50_ms": latency.get("p50_ms"),
+        "latency_input_height_px": timed_height,
+        "latency_input_width_px": timed_width,
+        "latency_threads": latency.get("threads"),
+        "latency_device": latency.get("device"),
+        "peak_memory_mib": latency.get("peak_mib"),
+        "mask_empty_from_iteration": run.mask.empty_from,
+        "iterations": run.iterations,
+        "training_seconds": run.train_seconds,
+        "checkpoint_sha256": run.checkpoint_sha256,
+        "config": run.config,
+    }
+
+
+def html_page(report: Report, pictures: Sequence[Row] = (), attention: Sequence[Any] = ()) -> str:
+    """The page, whole. The template escapes every value; pictures and plots are data: addresses."""
+    import jinja2
+
+    from castling_det.report import figures
+
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        # Names as they are printed; markup comes from the template's own macros and is left as it is.
+        finalize=lambda value: value if hasattr(value, "__html__") else printable(str(value)),
+    )  # fmt: skip
+    template = environment.from_string(Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8"))
+    head, rows = _table(report, brief=False)
+    return template.render(
+        report=report, head=head, rows=list(zip(summaries(report), rows, strict=True)), tiles=_tiles(report),
+        failures=_failures(report), notes=_notes(report), table_notes=(_interval_note(report), _latency_note(report)),
+        masked=next((run for run in report.runs if run.mask.kept_fraction), None), pictures=pictures,
+        attention=attention, boxes=BOXES, run_columns=RUN_COLUMNS, run_cells=_run_cells, commands=_commands(report),
+        figures=figures, crossover=crossover, speeds=_speeds(report), jpeg=_jpeg, svg=_svg,
+    )  # fmt: skip
+
+
+def _svg(drawing: str) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(drawing.encode()).decode("ascii")
+
+
+def _jpeg(picture: Image.Image) -> str:
+    """JPEG, since photographs as PNG make a page of tens of megabytes."""
+    buffer = io.BytesIO()
+    picture.save(buffer, format="JPEG", quality=88, subsampling=0)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def _speeds(report: Report) -> list[tuple[str, list[BenchmarkRow]]]:
+    """The tables of all benchmarks that have softmax and linear attention, each with the place of its making."""
+    found = []
+    for benchmark in report.benchmarks:
+        tables: dict[tuple[str, str, str, int], list[BenchmarkRow]] = {}
+        for row in benchmark.rows:
+            tables.setdefault((row.level, row.passes, row.dtype, row.batch), []).append(row)
+        machine = benchmark.machine
+        place = f"{machine.cpu}, {machine.threads} threads, device {machine.device}; made by {benchmark.created_by}"
+        found += [(place, rows) for rows in tables.values() if {"softmax", "linear"} <= {row.variant for row in rows}]
+    return found
+
+
+def _tiles(report: Report) -> list[tuple[str, str]]:
+    """The four numbers that a reader came for, each with its text; those that are not there are left out."""
+    by_name = {summary.name: summary for summary in summaries(report)}
+    baseline, deployed = by_name[report.baseline], by_name[report.deployed]
+    tiles = []
+    if "mAP" in deployed.metrics and "mAP" in baseline.metrics:
+        ours, theirs = deployed.metrics["mAP"].text(), baseline.metrics["mAP"].text()
+        tiles.append((ours, f"mAP of {deployed.name}; {baseline.name} {theirs}"))
+    if (difference := deployed.difference) is not None:
+        seeds = f", mean over {difference.count} seeds" if difference.count > 1 else ""
+        interval = report.difference_of(deployed.name)
+        spread = f"; {interval.confidence:.0%} {interval.low:+.3f} to {interval.high:+.3f}" if interval else ""
+        tiles.append((f"{difference.mean:+.3f}", f"mAP of {deployed.name} minus {baseline.name}{seeds}{spread}"))
+    macs = deployed.first.gmacs, baseline.first.gmacs
+    if macs[0] is not None and macs[1]:
+        tiles.append((f"{macs[0] / macs[1] - 1:+.0%}", f"multiply-adds: {macs[0]:.3f} against {macs[1]:.3f} GMACs"))
+    times = [summary.first.latency.p50_ms for summary in (deployed, baseline) if summary.first.latency is not None]
+    if len(times) == 2:
+        tiles.append((f"{times[0] / times[1] - 1:+.0%}", f"latency p50: {times[0]:.1f} against {times[1]:.1f} ms"))
+    return tiles
+
+
+def _table(report: Report, brief: bool) -> tuple[list[str], list[list[str]]]:
+    """Titles of the headline table, units in them, and its rows. A column is there where a run has its figure.
+
+    `brief` leaves out details.
+    """
+
+    def metric(name: str) -> Callable[[Summary], str]:
+        return lambda summary: _text(summary.metrics.get(name))
+
+    def first(of: Callable[[RunRecord], float | None], form: str) -> Callable[[Summary], str]:
+        """What does not depend on the seed."""
+        return lambda summary: "-" if (value := of(summary.first)) is None else format(value, form)
+
+    def any_run(of: Callable[[RunRecord], object]) -> bool:
+        return any(of(run) is not None for run in report.runs)
+
+    shape = next((run.input_shape for run in report.runs if run.input_shape is not None), None)
+    interval = f"{report.differences[0].confidence:.0%} interval" if report.differences else ""
+    cells: dict[str, Callable[[Summary], str]] = {
+        "run": lambda summary: summary.name,
+        "seeds": _seeds,
+        "mAP": metric("mAP"),
+        f"mAP - {report.baseline}": lambda s: "baseline" if s.name == report.baseline else _text(s.difference, "+"),
+    }
+    if interval:
+        cells[interval] = lambda summary: _interval(report, summary)
+    sizes = [] if brief else [size for size in METRICS[3:] if any_run(lambda run: run.metrics.get(size))]  # noqa: B023
+    cells |= {name: metric(name) for name in ("mAP50", "mAP75", *sizes)}
+    cells["params (M)"] = first(lambda run: run.params and run.params / 1e6, ".2f")
+    cells["GMACs" + (" at {}x{}".format(*shape) if shape else "")] = first(lambda run: run.gmacs, ".3f")
+    if any_run(lambda run: run.latency):
+        cells["latency p50 (ms)"] = first(lambda run: run.latency.p50_ms if run.latency else None, ".1f")
+    if not brief and any_run(lambda run: run.latency and run.latency.peak_mib):
+        cells["peak memory (MiB)"] = first(lambda run: run.latency.peak_mib if run.latency else None, ".1f")
+    if not brief and any_run(lambda run: run.train_seconds):
+        cells["training"] = _training
+    return list(cells), [[cell(summary) for cell in cells.values()] for summary in summaries(report)]
+
+
+def _text(spread: Spread | None, sign: str = "") -> str:
+    return spread.text(sign=sign) if spread is not None else "-"
+
+
+def _seeds(summary: Summary) -> str:
+    failed = len(summary.runs) - summary.seeds
+    return f"{summary.seeds} (FAILED: {failed})" if failed else str(summary.seeds)
+
+
+def _interval(report: Report, summary: Summary) -> str:
+    found = report.difference_of(summary.name)
+    return f"{found.low:+.3f} to {found.high:+.3f}" if found is not None else "-"
+
+
+def _training(summary: Summary) -> str:
+    seconds = [run.train_seconds for run in summary.runs if run.ok and run.train_seconds is not None]
+    return duration(statistics.mean(seconds)) if seconds else "-"
+
+
+def _interval_note(report: Report) -> str:
+    """What the intervals are; empty without any."""
+    if not report.differences:
+        return ""
+    first = report.differences[0]
+    pairs = sorted({difference.pairs for difference in report.differences})
+    mean = f", mean over {' or '.join(map(str, pairs))} seeds" if pairs != [1] else ""
+    return (
+        f"The {first.confidence:.0%} interval of the difference is a bootstrap over the {first.images} test images: "
+        f"{first.resamples} draws with replacement (seed {first.bootstrap_seed}), both detectors on the same "
+        f"draws{mean}. It covers the choice of images, not that of training seeds."
+    )
+
+
+def _latency_note(report: Report) -> str:
+    """How the latencies were measured; empty without any."""
+    timed = [run.latency for run in report.runs if run.latency is not None]
+    if not timed:
+        return ""
+    kinds = unique("{}x{} pixels, {} threads, {}".format(*m.input_shape, m.threads, m.device) for m in timed)
+    sources = unique(latency.source for latency in timed if latency.source is not None)
+    lines = [f"Latency is that of one image: {'; '.join(kinds)}."]
+    lines += [f"From {'; '.join(sources)}."] if sources else []
+    if any("variant softmax," in source for source in sources):
+        lines.append("Benchmarks time softmax without the local convolution that our softmax runs have.")
+    return " ".join(lines)
+
+
+def _failures(report: Report) -> list[str]:
+    """One line for each failed run: its name, seed and reason."""
+    seeds = ["" if run.seed is None else f" (seed {run.seed})" for run in report.failed]
+    return [f"{run.name}{seed}: FAILED: {run.reason}" for run, seed in zip(report.failed, seeds, strict=True)]
+
+
+def _notes(report: Report) -> list[str]:
+    """One line for each thing that is missing, with the names of the runs that lack it."""
+    notes = unique(note for run in report.runs for note in run.notes)
+    return [f"{', '.join(unique(run.name for run in report.runs if note in run.notes))}: {note}" for note in notes]
+
+
+def _commands(report: Report) -> tuple[str, ...]:
+    return unique([report.created_by, *(command for run in report.runs for command in run.commands)])
+
+
+def _run_cells(run: RunRecord) -> list[str]:
+    """Seed, status, and the cells below `RUN_COLUMNS`."""
+    values = [run.metrics.get(name) for name in METRICS]
+    return [
+        "-" if run.seed is None else str(run.seed),
+        "ok" if run.ok else "FAILED",
+        *("-" if value is None else f"{value:.3f}" for value in values),
+        "-" if run.iterations is None else str(run.iterations),
+        "-" if run.train_seconds is None else duration(run.train_seconds),
+        run.checkpoint_sha256[:12] if run.checkpoint_sha256 else "-",
+    ]
+
+
+def duration(seconds: float) -> str:
+    """`12 s`, `3 min 05 s` or `2 h 10 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
