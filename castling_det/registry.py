@@ -35,9 +35,7 @@ HOOKS = _registry("HOOKS", "castling_det.engine")
 OPTIM_WRAPPERS = _registry("OPTIM_WRAPPERS", "castling_det.engine")
 OPTIM_WRAPPER_CONSTRUCTORS = _registry("OPTIM_WRAPPER_CONSTRUCTORS", "castling_det.engine")
 TASK_UTILS = _registry("TASK_UTILS", "castling_det.models")
-WEIGHT_INITIALIZERS = _registry(
-    "WEIGHT_INITIALIZERS", "castling_det.conversion.pretrained", "castling_det.conversion.trained"
-)
+WEIGHT_INITIALIZERS = _registry("WEIGHT_INITIALIZERS", "castling_det.conversion.pretrained")
 # Nothing of ours is registered under the other kinds.
 for _kind in mmengine_registry.__all__:
     if _kind not in globals() and isinstance(getattr(mmengine_registry, _kind), Registry):

@@ -19,12 +19,12 @@ from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import Tensor, nn
 
 from castling_det.conversion.checkpoints import load_checkpoint, select_weights
-from castling_det.conversion.detectors import check_numbers
+from castling_det.conversion.detectors import check_numbers, load_weights
 from castling_det.layers.levit_attention import resized_biases
 from castling_det.layers.mvit import resized_table
 from castling_det.registry import WEIGHT_INITIALIZERS
 
-__all__ = ["LoadReport", "PretrainedViT", "load_pretrained"]
+__all__ = ["LoadReport", "PretrainedViT", "TrainedDetector", "load_pretrained"]
 
 State = dict[str, Tensor]
 
@@ -337,3 +337,19 @@ class PretrainedViT:
     def __call__(self, module: nn.Module) -> None:
         """Fills `module` and logs the report."""
         print_log(str(load_pretrained(module, self.checkpoint, **self.options)), logger="current")  # type: ignore[arg-type]
+
+
+@WEIGHT_INITIALIZERS.register_module()
+class TrainedDetector:
+    """Fills a detector with the weights of `checkpoint`, averaged ones if there are any; every name must fit.
+
+    Args:
+        checkpoint: file of a training of the same detector; it is read without running code in it.
+    """
+
+    def __init__(self, checkpoint: str) -> None:
+        self.checkpoint = checkpoint
+
+    def __call__(self, module: nn.Module) -> None:
+        """Raises ValueError where the file or its weights do not fit `module`."""
+        load_weights(module, load_checkpoint(self.checkpoint), self.checkpoint)

@@ -11,14 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from castling_det.export.export import load_source
-from castling_det.report.attention_maps.capture import load_detector
 from mmdet.apis import init_detector
 from mmdet.structures import DetDataSample
 from PIL import Image
 
 from castling_det.conversion import convert, load_checkpoint, manifest_path
 from castling_det.conversion.detectors import build_detector, with_attention
+from castling_det.export.onnx import load_linear
 from castling_det.files import sha256_of
 from castling_det.layers import MaskState, attention_layers
 from castling_det.runtime.torch_detector import TorchDetector
@@ -225,14 +224,14 @@ def test_every_reader_of_a_checkpoint_compares_its_attention(
     set_options(tiny_config, normalizer="kernel")
     tiny_config.dump(other)
     message = r"deploy\.pth: its attention blocks\.0 was trained with normalizer='l2'"
-    for read in (load_source, lambda config, path: TorchDetector(path, config), load_detector):
+    for read in (load_linear, lambda config, path: TorchDetector(path, config)):
         with pytest.raises(ValueError, match=message):
             read(other, out)
-    assert load_source(tiny_config_file, out).notes == ()
+    assert load_linear(tiny_config_file, out)[-1] == ()
     torch.save(checkpoint["state_dict"], out)  # weights alone say nothing of mask and options
-    assert "does not say how it was trained" in load_source(tiny_config_file, out).notes[0]
+    assert "does not say how it was trained" in load_linear(tiny_config_file, out)[-1][0]
     with pytest.raises(ValueError, match="trained with attention='castling' and is not converted"):
-        load_source(tiny_config_file, source)
+        load_linear(tiny_config_file, source)
 
 
 def test_a_converted_checkpoint_is_not_converted_again(tiny_config, runner_checkpoint, tmp_path):

@@ -13,7 +13,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from castling_det.conversion import load_pretrained
 from castling_det.models import CastlingMViT, CastlingViT
 from tests.compare import assert_parity, errors
-from tests.models.test_castling_levit import randomised, small
+from tests.models.backbones import randomised, small
 
 PLAIN, DINO = "vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2"
 MODEL_OPTIONS = {
@@ -138,7 +138,7 @@ def test_a_conv_stem_and_missing_tokens_are_reported(saved):
 
 BACKBONES = {
     "vit": lambda: CastlingViT(32, depth=2, num_heads=2, img_size=(32, 48), stem="conv", with_cls_token=True),
-    "levit": lambda: small("castling"),
+    "levit": lambda: small("levit"),
     "mvit": lambda: CastlingMViT(arch=dict(depths=(1, 2, 3, 1), embed_dims=8), attention="castling", img_size=64),
 }
 

@@ -100,6 +100,7 @@ def test_a_training_run_converts_exactly_once_its_mask_is_empty(tool, trained_fo
     assert tool.main(arguments) == 0
     printed = capsys.readouterr().out
     assert "mask empty" in printed and "yes, by threshold" in printed and str(out.with_suffix(".json")) in printed
+    assert "G with linear attention" in printed and "G with softmax attention" in printed
     record = json.loads(out.with_suffix(".json").read_text())
     assert record["mask"]["origin"] == "checkpoint" and record["max_abs_drift"] == 0.0
     assert record["weights"]["kind"] == "ema" and record["command"].startswith("tools/convert.py ")
