@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from castling_det.layers import CastlingAttention
-from tests.report.records import MACHINE
+from tests.report.samples import MACHINE
 from tools.benchmarks import attention
 from tools.benchmarks.attention import Benchmark, Row, Timing, benchmark_markdown, main, ratios_markdown, read_benchmark
 from tools.benchmarks.variants import VARIANTS
