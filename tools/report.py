@@ -28,7 +28,8 @@ import sys
 from pathlib import Path
 
 from castling_det.files import atomic_write
-from castling_det.report.build import build_report, comparison_pictures, read_attention, read_latency
+from castling_det.report.attention_maps import read_pictures
+from castling_det.report.build import build_report, comparison_pictures, read_latency
 from castling_det.report.evaluation import Annotations
 from castling_det.report.gallery import strip
 from castling_det.report.render import markdown, write_report
@@ -73,8 +74,8 @@ def main() -> int:
             resamples=arguments.resamples,
             bootstrap_seed=arguments.bootstrap_seed,
         )
-        pictures = comparison_pictures(report, specs, annotations, arguments.images, count=arguments.pictures)
-        attention = read_attention(arguments.attention) if arguments.attention else ()
+        pictures = comparison_pictures(report, annotations, arguments.images, count=arguments.pictures)
+        attention = read_pictures(arguments.attention) if arguments.attention else ()
         write_report(arguments.out, report, pictures, attention)
         if arguments.strip and pictures:
             titles = ("ground truth", f"{report.baseline} (baseline)", f"{report.deployed} (linear attention only)")

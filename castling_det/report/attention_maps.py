@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -26,17 +26,7 @@ from castling_det.files import atomic_write
 from castling_det.layers import HeadInputs, MaskedAttention, attention_layers
 from castling_det.ops import naive
 
-__all__ = [
-    "AttentionPicture",
-    "Capture",
-    "attention_picture",
-    "branch_weights",
-    "capture",
-    "read_picture",
-]
-
-_CAPTION_KEY = "Description"
-"""The PNG specification's own keyword for it."""
+_CAPTION_KEY = "Description"  # the PNG specification's own keyword
 
 
 @dataclass(frozen=True)
@@ -54,13 +44,9 @@ class BranchWeights:
 def branch_weights(
     layer: MaskedAttention, inputs: HeadInputs, hw: tuple[int, int], *, queries: Sequence[int] | None = None
 ) -> BranchWeights:
-    """Computes rows of the N x N weights of both branches.
+    """Rows of the N x N weights of both branches, from `inputs = layer.head_inputs(x, hw)`.
 
-    Args:
-        layer: in any mode.
-        inputs: `layer.head_inputs(x, hw)`.
-        hw: height and width of the layer's map.
-        queries: indices of query tokens, prefix tokens first; None for all.
+    `hw` is the layer's map, `queries` are indices of query tokens, prefix tokens first; None takes all.
     """
     rows = list(range(inputs.q.shape[2])) if queries is None else list(queries)
     q_BHRK, k_BHNK, v_BHNV = inputs.q[:, :, rows].detach(), inputs.k.detach(), inputs.v.detach().double()
@@ -72,49 +58,38 @@ def branch_weights(
         return BranchWeights(softmax, linear, linear.sum(dim=-1))
     linear = linear + 0.5 * _own_places(layer, k_BHNK.shape[2], hw, rows)
     length = torch.linalg.vector_norm(linear @ v_BHNV, dim=-1)
-    # A zero token stays zero.
-    return BranchWeights(softmax, linear, torch.where(length > 0, length, 1.0))
+    return BranchWeights(softmax, linear, torch.where(length > 0, length, 1.0))  # a zero token stays zero
 
 
 def _own_places(layer: MaskedAttention, num_keys: int, hw: tuple[int, int], rows: list[int]) -> Tensor:
     """(R, N): the share of each key's value in the value at a query's own place."""
-    parts = [
-        layer.values_at_queries(columns.unsqueeze(0), hw)[0, rows] for columns in torch.eye(num_keys).split(512, dim=1)
-    ]
+    parts = [layer.values_at_queries(columns[None], hw)[0, rows] for columns in torch.eye(num_keys).split(512, dim=1)]
     return torch.cat(parts, dim=-1).double()
 
 
 @dataclass(frozen=True)
 class Capture:
-    """A layer, and its queries, keys and values for one image."""
+    """A layer, and its queries, keys and values for one image.
+
+    Two places of its map `hw` are `stride` pixels of the network's input apart. `image` is RGB as the file has it,
+    `shape` its height and width at the network's input, without padding.
+    """
 
     name: str
-    """Of its block, such as `blocks.3`."""
     layer: MaskedAttention
     inputs: HeadInputs
-    """Batch of one."""
     hw: tuple[int, int]
-    """Height and width of the layer's map."""
     stride: int
-    """Pixels of the network's input between two places of that map."""
     image: Image.Image
-    """RGB, as the file has it."""
     shape: tuple[int, int]
-    """Height and width of `image` at the network's input, in pixels, without padding."""
     mask_note: str
     """How open the checkpoint says that its mask was, or empty."""
 
     def query_at(self, point: tuple[float, float]) -> tuple[int, int]:
-        """Row and column, on the queries' grid, of the cell that holds a point (x, y) in pixels of the image file.
-
-        Raises:
-            ValueError: the point is outside of the image.
-        """
+        """Row and column, on the queries' grid, of the cell that holds a point (x, y) in pixels of the image file."""
         (x, y), (width, height) = point, self.image.size
         if not (0 <= x < width and 0 <= y < height):
-            raise ValueError(
-                f"point={x:g}, {y:g}: expected x in [0, {width}) and y in [0, {height}), pixels of the image"
-            )
+            raise ValueError(f"point={x:g}, {y:g}: expected x in [0, {width}) and y in [0, {height}), image pixels")
         cell = self.stride * self.inputs.query_stride
         row, column = int(y * self.shape[0] / height / cell), int(x * self.shape[1] / width / cell)
         return min(row, self.inputs.query_hw[0] - 1), min(column, self.inputs.query_hw[1] - 1)
@@ -128,24 +103,16 @@ class Capture:
 def capture(
     config: Any, model: Any, image: str | Path, layer: str | None = None, meta: Mapping[str, Any] | None = None
 ) -> Capture:
-    """Runs the backbone on one image as the config's test pipeline prepares it.
+    """Runs the backbone of a model in eval mode on one image, as the config's test pipeline prepares it.
 
-    Args:
-        config: the detector's.
-        model: in eval mode.
-        image: file.
-        layer: a name of `attention_layers`; None for the last.
-        meta: the checkpoint's.
-
-    Raises:
-        ValueError: no such layer, one that attends in windows, or an image that cannot be read.
+    `layer` is a name of `attention_layers`, the last by default; `meta` is the checkpoint's. ValueError for another
+    layer, one that attends in windows, or an image that cannot be read.
     """
     layers = attention_layers(model)
     name = next(reversed(layers), "") if layer is None else layer
     if name not in layers:
-        raise ValueError(
-            f"layer={layer!r}: expected one of {', '.join(layers) or 'none: the backbone has no attention'}"
-        )
+        known = ", ".join(layers) or "none: the backbone has no attention"
+        raise ValueError(f"layer={layer!r}: expected one of {known}")
     try:
         with Image.open(image) as opened:
             picture = opened.convert("RGB")
@@ -202,11 +169,7 @@ class AttentionPicture:
 
 
 def read_picture(path: str | Path) -> AttentionPicture:
-    """Reads what `AttentionPicture.save` wrote.
-
-    Raises:
-        ValueError: no PNG, or one without a caption.
-    """
+    """Reads what `AttentionPicture.save` wrote; ValueError for another file."""
     try:
         with Image.open(path) as opened:
             opened.load()
@@ -218,8 +181,15 @@ def read_picture(path: str | Path) -> AttentionPicture:
     return AttentionPicture(image, str(caption))
 
 
-@dataclass(frozen=True)
-class Panel:
+def read_pictures(path: Path) -> list[AttentionPicture]:
+    """The picture in a PNG of tools/attention.py, or those of all PNGs in a folder, by name; else ValueError."""
+    files = sorted(path.glob("*.png")) if path.is_dir() else [path]
+    if not path.exists() or not files:
+        raise ValueError(f"--attention {path}: no such file, or no .png in the folder; tools/attention.py writes them")
+    return [read_picture(file) for file in files]
+
+
+class Panel(NamedTuple):
     """Weights over the keys' grid, NaN where only the image shows, and the ends of their colour scale."""
 
     title: str
@@ -238,14 +208,8 @@ def attention_picture(
 ) -> AttentionPicture:
     """Draws a row of panels for each point: the image with its token, softmax, linear-angular, and the masks.
 
-    Args:
-        captured: layer and image.
-        points: (x, y) in pixels of the image file, one or more; their tokens are the queries.
-        head: index of a head; None for the mean over the heads.
-        thresholds: a mask for each, in the layer's unit; without any, the layer's own.
-
-    Raises:
-        ValueError: no point, one outside of the image, or no such head.
+    The token of a point (x, y), in pixels of the image file, is the query. `head=None` takes the mean over the heads.
+    `thresholds` are in the layer's unit; without any, the layer's own is drawn.
     """
     inputs, num_heads = captured.inputs, captured.inputs.q.shape[1]
     if not points:
@@ -268,8 +232,7 @@ def _panels(
     num_keys = inputs.k.shape[2]
 
     def over_heads(values_BHN: Tensor) -> NDArray[np.float64]:
-        values: NDArray[np.float64] = (values_BHN[0].mean(dim=0) if head is None else values_BHN[0, head]).numpy()
-        return values
+        return np.asarray(values_BHN[0].mean(dim=0) if head is None else values_BHN[0, head])
 
     def on_map(values_BHN: Tensor) -> NDArray[np.float64]:
         return over_heads(values_BHN)[inputs.num_prefix_tokens :].reshape(inputs.key_hw)
@@ -328,15 +291,10 @@ def _draw(captured: Capture, tokens: Sequence[tuple[int, int]], rows: Sequence[S
 def _draw_weights(figure: Figure, axes: Any, panel: Panel, cell: int) -> None:
     rows, columns = panel.values.shape
     signed, high = panel.low < 0, max(panel.high, float(np.nextafter(panel.low, np.inf)))
-    drawn = axes.imshow(
-        panel.values,
-        extent=(0, columns * cell, rows * cell, 0),
-        cmap="RdBu_r" if signed else "inferno",
-        # A few probabilities are many times the others: by their square root all of them show.
-        norm=Normalize(panel.low, high) if panel.low else PowerNorm(0.5, panel.low, high),
-        interpolation="nearest",
-        alpha=0.72,
-    )
+    # A few probabilities are many times the others: by their square root all of them show.
+    norm = Normalize(panel.low, high) if panel.low else PowerNorm(0.5, panel.low, high)
+    extent, colors = (0, columns * cell, rows * cell, 0), "RdBu_r" if signed else "inferno"
+    drawn = axes.imshow(panel.values, extent=extent, cmap=colors, norm=norm, interpolation="nearest", alpha=0.72)
     axes.set_title(panel.title)
     bar = figure.colorbar(drawn, ax=axes, fraction=0.046, pad=0.02, extend="both" if signed else "neither")
     bar.set_label(panel.unit)

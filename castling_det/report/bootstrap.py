@@ -6,7 +6,7 @@ faster-coco-eval's own code, and so gives the mAP that evaluating the drawn set 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from castling_det.files import sha256_of
 from castling_det.report.evaluation import Annotations, evaluator_of
 from castling_det.report.records import Difference, RunRecord, unique
-from castling_det.report.runs import RunSpec
 
 CONFIDENCE = 0.95
 """Confidence of every interval."""
@@ -25,46 +24,31 @@ Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
 
-class Matches:
-    """The matches of a results file, by category and image.
+def mean_average_precisions(document: Any, results: Sequence[Any], draws: Iterable[Integers] = ()) -> Floats:
+    """COCO's mAP of the whole set, then of each draw; NaN for a draw with nothing to find.
 
-    Args:
-        document: COCO annotations.
-        results: boxes of a COCO results file.
+    A draw says how often the set has each image, (I,), in the order of their ids.
     """
-
-    def __init__(self, document: Any, results: Sequence[Any]) -> None:
-        self._evaluator = evaluator_of(document, results, separate_eval=True)
-        params = self._evaluator.params
-        params.areaRng, params.areaRngLbl, params.maxDets = [[0, 1e10]], ["all"], [100]
-        self._evaluator.evaluate()
-        self.images = tuple(int(image) for image in params.imgIds)
-        """Ids of the images, in ascending order."""
-        # The matches of each category and image, as the library keeps them.
-        self._cells = np.array(self._evaluator._evalImgs_cpp, dtype=object).reshape(-1, len(self.images))
-
-    def mean_average_precision(self, counts: Integers | None = None) -> float:
-        """COCO's mAP of the set in which image `i` is `counts[i]` times, (I,); None counts each once.
-
-        NaN if that set has nothing to find.
-        """
-        index = np.repeat(np.arange(len(self.images)), 1 if counts is None else counts)
-        self._evaluator._evalImgs_cpp = self._cells[:, index].ravel().tolist()
-        self._evaluator._paramsEval.imgIds = list(range(len(index)))
-        self._evaluator.accumulate()
-        precision = np.asarray(self._evaluator.eval["precision"])
-        # A category without annotations has the precision -1.
-        return float(precision[precision > -1].mean()) if (precision > -1).any() else float("nan")
+    evaluator = evaluator_of(document, results, separate_eval=True)
+    params = evaluator.params
+    params.areaRng, params.areaRngLbl, params.maxDets = [[0, 1e10]], ["all"], [100]
+    evaluator.evaluate()
+    # The matches of each category and image, as the library keeps them.
+    cells = np.array(evaluator._evalImgs_cpp, dtype=object).reshape(-1, len(params.imgIds))
+    found = []
+    for counts in (np.ones(len(params.imgIds), dtype=np.int64), *draws):
+        index = np.repeat(np.arange(len(counts)), counts)
+        evaluator._evalImgs_cpp = cells[:, index].ravel().tolist()
+        evaluator._paramsEval.imgIds = list(range(len(index)))
+        evaluator.accumulate()
+        precision = np.asarray(evaluator.eval["precision"])
+        known = precision[precision > -1]  # a category without annotations has the precision -1
+        found.append(known.mean() if known.size else np.nan)
+    return np.array(found)
 
 
 def draw_images(images: int, resamples: int, seed: int) -> Integers:
-    """`resamples` draws of `images` images with replacement, as counts (resamples, images). The same for a seed.
-
-    Raises:
-        ValueError: nothing to draw from, or no draw.
-    """
-    if images < 1 or resamples < 1:
-        raise ValueError(f"resamples={resamples} of images={images}: expected at least 1 of each")
+    """`resamples` draws of `images` images with replacement, as counts (resamples, images). The same for a seed."""
     generator = np.random.default_rng(seed)
     return np.asarray(generator.multinomial(images, np.full(images, 1 / images), size=resamples), dtype=np.int64)
 
@@ -76,63 +60,42 @@ def interval_of(pairs: Sequence[Floats]) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def predictions_by_seed(runs: Iterable[RunRecord], name: str) -> dict[int | None, list[Path]]:
+    """The results files of the runs of a name that are ok."""
+    files: dict[int | None, list[Path]] = {}
+    for run in runs:
+        if run.name == name and run.ok and run.predictions is not None:
+            files.setdefault(run.seed, []).append(Path(run.predictions))
+    return files
+
+
 def differences(
-    specs: Sequence[RunSpec],
-    runs: Sequence[RunRecord],
-    annotations: Annotations,
-    *,
-    baseline: str,
-    resamples: int,
-    bootstrap_seed: int,
+    runs: Sequence[RunRecord], annotations: Annotations, *, baseline: str, resamples: int, bootstrap_seed: int
 ) -> tuple[Difference, ...]:
-    """One for each name of which some runs share seeds with the baseline's and have predictions.
+    """One for each name of which some runs share seeds with the baseline's; none with `resamples=0`.
 
-    Args:
-        specs: where the runs lie.
-        runs: their records, in the same order.
-        annotations: of the test images.
-        baseline: name of the runs to compare with.
-        resamples: draws of the images; 0 makes no interval at all.
-        bootstrap_seed: of the draws.
-
-    Raises:
-        ValueError: negative `resamples`; a results file that does not belong to the annotations.
+    Runs of one name and seed cannot be told apart: none of them is taken.
     """
     if resamples < 0:
         raise ValueError(f"resamples={resamples}: expected 0, for none, or more")
-    files = _files_by_seed(specs, runs)
-    if not resamples or baseline not in files:
-        return ()
-    images = len(annotations.file_names)
-    draws = draw_images(images, resamples, bootstrap_seed)
-    known: dict[str, Floats] = {}
+    images, known = len(annotations.file_names), dict[str, Floats]()
+    draws = draw_images(images, resamples, bootstrap_seed) if images else np.empty((0, 0), np.int64)
 
     def scores(path: Path) -> Floats:
-        """mAP of the whole set, then of every draw. Files of equal content, as of a converted run, share theirs."""
+        """Files of equal content, as of a converted run, share their scores."""
         key = sha256_of(path)
         if key not in known:
-            matches = Matches(annotations.document, annotations.results(path))
-            known[key] = np.array([matches.mean_average_precision(counts) for counts in (None, *draws)])
+            known[key] = mean_average_precisions(annotations.document, annotations.results(path), draws)
         return known[key]
 
-    found = []
-    for name in unique(run.name for run in runs):
-        seeds = [seed for seed in files.get(name, {}) if seed in files[baseline]]
-        if name == baseline or not seeds:
+    theirs, found = predictions_by_seed(runs, baseline), []
+    for name in unique(run.name for run in runs if run.name != baseline):
+        ours = predictions_by_seed(runs, name)
+        seeds = [seed for seed in ours if len(ours[seed]) == len(theirs.get(seed, ())) == 1]
+        if not seeds or not resamples:
             continue
-        pairs = [scores(files[name][seed]) - scores(files[baseline][seed]) for seed in seeds]
+        pairs = [scores(ours[seed][0]) - scores(theirs[seed][0]) for seed in seeds]
         value = float(np.mean([pair[0] for pair in pairs]))
         low, high = interval_of([pair[1:] for pair in pairs])
         found.append(Difference(name, value, low, high, CONFIDENCE, len(pairs), images, resamples, bootstrap_seed))
     return tuple(found)
-
-
-def _files_by_seed(specs: Sequence[RunSpec], runs: Sequence[RunRecord]) -> dict[str, dict[int | None, Path]]:
-    """Results files by name and seed. Runs of one name and seed cannot be told apart: none of them is taken."""
-    files: dict[str, dict[int | None, list[Path]]] = {}
-    for spec, run in zip(specs, runs, strict=True):
-        if run.ok and run.precision and (path := spec.predictions_file) is not None:
-            files.setdefault(run.name, {}).setdefault(run.seed, []).append(path)
-    return {
-        name: {seed: paths[0] for seed, paths in by_seed.items() if len(paths) == 1} for name, by_seed in files.items()
-    }

@@ -7,19 +7,10 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from castling_det.config import attention_of, load_config
-from castling_det.report.records import (
-    Benchmark,
-    BenchmarkRow,
-    Latency,
-    Report,
-    RunRecord,
-    read_document,
-)
-
-Number = Callable[[RunRecord], float | None]
+from castling_det.report.records import Benchmark, BenchmarkRow, Latency, Report, RunRecord, read_document
 
 # What a run's config and the benchmark's may differ in without being another network in prediction.
 _INDIFFERENT = frozenset({
@@ -28,28 +19,23 @@ _INDIFFERENT = frozenset({
 })  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Spread:
-    """Mean, sample standard deviation (None for a single value), smallest and largest of `count` values."""
+class Spread(NamedTuple):
+    """Mean, sample standard deviation (None for a single value), smallest and largest of `seeds` values."""
 
     mean: float
     std: float | None
     low: float
     high: float
-    count: int
+    seeds: int
 
-    def text(self, *, sign: str = "") -> str:
+    def text(self, sign: str = "") -> str:
         """`0.312`, or `0.312 ± 0.008` over several; `sign="+"` writes it always."""
         return f"{self.mean:{sign}.3f}" + (f" ± {self.std:.3f}" if self.std is not None else "")
 
 
 @dataclass(frozen=True)
 class Summary:
-    """The runs of one name, and what they give together; differences are minus the baseline's, paired by seed.
-
-    `first` is the first run that is ok, else the first: what does not depend on the seed is read from it. `seeds` is
-    the number of runs that are ok.
-    """
+    """The runs of one name; differences are minus the baseline's. `seeds` runs are ok; `first` is the first of them."""
 
     name: str
     runs: tuple[RunRecord, ...]
@@ -74,12 +60,12 @@ def summaries(report: Report) -> list[Summary]:
             Summary(
                 name,
                 runs,
-                first=good[0] if good else runs[0],
+                first=[*good, *runs][0],
                 seeds=len(good),
                 metrics={key: spread for key, spread in metrics.items() if spread is not None},
-                difference=paired_difference(others, baseline, lambda run: run.metrics.get("mAP")),
+                difference=_difference(others, baseline, lambda run: run.metrics.get("mAP")),
                 loss=spread_of(run.final_loss for run in good),
-                loss_difference=paired_difference(others, baseline, lambda run: run.final_loss),
+                loss_difference=_difference(others, baseline, lambda run: run.final_loss),
             )
         )
     return result
@@ -95,7 +81,9 @@ def spread_of(values: Iterable[float | None]) -> Spread | None:
     return Spread(statistics.mean(numbers), std, min(numbers), max(numbers), len(numbers))
 
 
-def paired_difference(runs: Sequence[RunRecord], baseline: Sequence[RunRecord], value: Number) -> Spread | None:
+def _difference(
+    runs: Sequence[RunRecord], baseline: Sequence[RunRecord], value: Callable[[RunRecord], float | None]
+) -> Spread | None:
     """Seed by seed over the seeds that both have; where seeds cannot be paired, of the means, without a spread."""
     ours, theirs = ({run.seed: value(run) for run in group} for group in (runs, baseline))
     common = [seed for seed in ours if seed in theirs]
@@ -107,11 +95,7 @@ def paired_difference(runs: Sequence[RunRecord], baseline: Sequence[RunRecord], 
 
 
 def read_benchmark(path: Path) -> Benchmark:
-    """A benchmark with those of its rows that were measured to the end with green parity.
-
-    Raises:
-        ValueError: not such a record; names the file and the fix.
-    """
+    """A benchmark's rows that were measured to the end with green parity; ValueError for another file."""
     fix = "measure again with tools/benchmark.py --out DIR"
     found = read_document(path, Benchmark, schema="castling_det.benchmark/1", field="benchmark", fix=fix)
     return replace(found, rows=tuple(row for row in found.rows if row.status == "ok" and row.timing and row.parity_ok))
@@ -122,14 +106,11 @@ def crossover(rows: Sequence[BenchmarkRow]) -> tuple[float | None, str]:
 
     It is slower at every larger size measured; between two sizes, latencies are straight lines in the logarithms.
     """
-    softmax, linear = (
-        {
-            (row.tokens, row.height, row.width): row.timing.p50_ms
-            for row in rows
-            if row.variant == variant and row.timing
-        }
-        for variant in ("softmax", "linear")
-    )
+    times: dict[str, dict[tuple[int, int, int], float]] = {"softmax": {}, "linear": {}}
+    for row in rows:
+        if row.timing and row.variant in times:
+            times[row.variant][row.tokens, row.height, row.width] = row.timing.p50_ms
+    softmax, linear = times.values()
     slower = [(size[0], math.log(softmax[size] / linear[size])) for size in sorted(softmax.keys() & linear.keys())]
     last_faster = max((index for index, (_, ratio) in enumerate(slower) if ratio <= 0), default=-1)
     if not slower:
@@ -148,8 +129,8 @@ def latency_of(
 ) -> tuple[Latency | None, list[str]]:
     """Latency of one image of the detector of `config`, and notes on benchmarks of another detector.
 
-    Of the sizes measured it is the one nearest to `shape` (height, width) in area, or the largest. Hybrids are timed as
-    what is deployed.
+    Of the sizes measured it is the one nearest to `shape` (height, width) in area, or the largest. Hybrids are timed
+    as linear attention, which is what is deployed.
     """
     variant = {"softmax": "softmax", "linear": "linear", "castling": "linear"}.get(str(attention_of(config)))
     wanted, notes = ("detector", "forward", 1, variant), []
@@ -158,16 +139,16 @@ def latency_of(
         if not rows:
             continue
         name = (benchmark.detector or "").replace("*", str(variant))
+        problem = f"its detector {name} is another one; measure this run's with --config-prefix and --config-suffix"
         try:
             same = _network(load_config(name).model) == _network(config.model)
-            problem = f"its detector {name} is another one; measure this run's with --config-prefix and --config-suffix"
         except ValueError as error:
             same, problem = False, str(error)
         if not same:
             notes.append(f"no latency from {path}: {problem}")
             continue
-        area = shape[0] * shape[1] if shape is not None else max(row.height * row.width for row in rows)
-        row = min(rows, key=lambda row: abs(row.height * row.width - area))
+        area = math.prod(shape) if shape is not None else math.inf
+        row = min(rows, key=lambda row: (abs(row.height * row.width - area), -row.height * row.width))
         assert row.timing is not None
         machine, source = benchmark.machine, f"{path}, variant {row.variant}, {row.dtype}"
         size = (row.height, row.width)
@@ -176,7 +157,7 @@ def latency_of(
 
 
 def _network(value: Any) -> Any:
-    """The model section without what makes no difference in prediction."""
+    """The model section without the fields that make no difference in prediction."""
     if isinstance(value, Mapping):
         kept = (key for key in value if key not in _INDIFFERENT and not str(key).startswith("loss"))
         return {key: _network(value[key]) for key in kept}

@@ -16,8 +16,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import castling_det.ops  # noqa: F401  # registers the operators that _FORMULAS names
 
-__all__ = ["Complexity", "Macs", "count_macs", "detector_complexity"]
-
 _UNCOUNTED = frozenset({
     "dot", "vdot", "mv", "addmv", "addmv_", "addbmm", "addr", "_trilinear", "_euclidean_dist", "_cdist_forward",
     "grid_sampler_3d", "_int_mm", "_fft_r2c", "_fft_c2r", "_fft_c2c", "mkldnn_rnn_layer", "lstm", "gru", "_cudnn_rnn",
@@ -68,7 +66,7 @@ class Macs:
     @property
     def macs_by_kind(self) -> dict[str, int]:
         """Summed over the modules."""
-        return dict(sum((Counter(kinds) for kinds in self.modules.values()), Counter[str]()))
+        return dict(sum(map(Counter, self.modules.values()), Counter[str]()))
 
     @property
     def macs_by_part(self) -> dict[str, int]:
@@ -117,17 +115,13 @@ class _ByModule(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         macs = (self.counter.get_total_flops() - before) // 2
         name, operator = self.names[self.running[-1]], func.overloadpacket.__name__
+        torchs_own = func.namespace in ("aten", "prim", "prims", "profiler")
+        full_name = f"{func.namespace}.{operator}"
         if macs:
             self.macs[name][self._kind(name, operator)] += macs
-        elif self._may_multiply(func.namespace, operator):
-            self.uncounted[f"{func.namespace}.{operator} in {name or 'the model'}"] = None
+        elif operator in _UNCOUNTED if torchs_own else full_name not in _FREE:
+            self.uncounted[f"{full_name} in {name or 'the model'}"] = None
         return result
-
-    @staticmethod
-    def _may_multiply(namespace: str, operator: str) -> bool:
-        if namespace in ("aten", "prim", "prims", "profiler"):
-            return operator in _UNCOUNTED
-        return f"{namespace}.{operator}" not in _FREE
 
     def _kind(self, name: str, operator: str) -> str:
         components, innermost = name.split("."), self.running[-1]
@@ -169,15 +163,8 @@ def detector_complexity(config: Any, shape: tuple[int, int], *, name: str = "") 
     """Parameters and multiply-adds of the detector of a config: backbone, neck and the head's forward, one image.
 
     Boxes are not decoded and suppressed. RoI heads count the proposals for a fixed random image and fixed random
-    weights.
-
-    Args:
-        config: an mmengine `Config` with `model`; weights are not loaded.
-        shape: height and width of the image in pixels; padded as `data_preprocessor.pad_size_divisor` says.
-        name: name of the config in the record.
-
-    Raises:
-        ValueError: a model that cannot be built, or a shape that it fails on.
+    weights. `shape` is (height, width) in pixels, padded as `data_preprocessor.pad_size_divisor` says. ValueError for a
+    model that cannot be built, or a shape that it fails on; `name` is the config's name in it and in the record.
     """
     from mmdet.registry import MODELS
     from mmdet.structures import DetDataSample

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 import numpy as np
+from typing_extensions import NotRequired, TypedDict
 
 from castling_det.report.records import METRICS, Counts, read_json
 
@@ -21,41 +21,22 @@ Box = tuple[Pixels, Pixels, Pixels, Pixels]
 
 
 class Image(TypedDict):
-    """The keys that every image of an annotation file must have."""
+    """An image of an annotation file; keys that are not named here are left out."""
 
     id: Id
     file_name: str
-
-
-class SizedImage(Image, total=False):
-    """And those that it may have; all others are left out."""
-
-    height: float | None
-    width: float | None
-
-
-class Result(TypedDict):
-    """One box of a COCO results file."""
-
-    image_id: Id
-    category_id: Id
-    bbox: Box
-    score: float
+    height: NotRequired[float | None]
+    width: NotRequired[float | None]
 
 
 class Annotation(TypedDict):
-    """The keys that every annotation must have."""
+    """Without `area`, the box's own counts. Boxes with `iscrowd` are neither found nor missed."""
 
     image_id: Id
     category_id: Id
     bbox: Box
-
-
-class SizedAnnotation(Annotation, total=False):
-    """Without `area`, that of the box counts. Boxes with `iscrowd` are neither found nor missed."""
-
-    area: Pixels | None
-    iscrowd: int | bool | None
+    area: NotRequired[Pixels | None]
+    iscrowd: NotRequired[int | bool | None]
 
 
 class Category(TypedDict):
@@ -68,37 +49,37 @@ class Category(TypedDict):
 class Document(TypedDict):
     """COCO annotations."""
 
-    images: list[SizedImage]
-    annotations: list[SizedAnnotation]
+    images: list[Image]
+    annotations: list[Annotation]
     categories: list[Category]
 
 
+class Result(TypedDict):
+    """One box of a COCO results file."""
+
+    image_id: Id
+    category_id: Id
+    bbox: Box
+    score: float
+
+
 class Annotations:
-    """A COCO annotation file.
-
-    Args:
-        path: the JSON file.
-        description: what to call the data set in a report; None takes the file's name and counts.
-
-    Raises:
-        ValueError: not a COCO annotation file; names the field.
-    """
+    """A COCO annotation file, `description` its name in a report. ValueError names the file and the wrong field."""
 
     def __init__(self, path: Path, *, description: str | None = None) -> None:
         self.path = path
         self.document = read_json(path, Document, "a COCO annotation file")
         """The file's content, not to be changed."""
         images, boxes = self.document["images"], self.document["annotations"]
-        ids = {
-            "image_id": Counter(row["id"] for row in images),
-            "category_id": Counter(row["id"] for row in self.document["categories"]),
+        self._ids = {
+            "image": {row["id"] for row in images},
+            "category": {row["id"] for row in self.document["categories"]},
         }
-        for key, found in ids.items():
-            if twice := [one for one, count in found.items() if count > 1]:
-                raise ValueError(f"{path}: {key} {twice[:5]} is there twice; give each an id of its own")
-        self.file_names = {image["id"]: image["file_name"] for image in images}
-        self._ids = {key: set(found) for key, found in ids.items()}
+        for kind, rows in (("image", images), ("category", self.document["categories"])):
+            if len(rows) > len(self._ids[kind]):
+                raise ValueError(f"{path}: an {kind} id is there twice; give each {kind} an id of its own")
         self._check(path, boxes, "add what is missing, or leave these boxes out")
+        self.file_names = {image["id"]: image["file_name"] for image in images}
         sizes = ((int(image.get("height") or 0), int(image.get("width") or 0)) for image in images)
         known = Counter(size for size in sizes if min(size) > 0)
         self.image_shape = known.most_common(1)[0][0] if known else None
@@ -107,33 +88,24 @@ class Annotations:
         self.description = description or f"{path}: {len(images)} images, {count} boxes"
 
     def results(self, path: Path) -> list[Result]:
-        """The boxes of a COCO results file.
-
-        Raises:
-            ValueError: not a results file, or it has images or categories that are not in the annotations.
-        """
+        """The boxes of a COCO results file, on images and of categories of this file; else ValueError."""
         rows = read_json(path, list[Result], "a COCO results file, a list of boxes")
         self._check(path, rows, "give the annotation file that was tested on")
         return rows
 
     def _check(self, path: Path, rows: Sequence[Any], fix: str) -> None:
-        for key, known in self._ids.items():
-            if unknown := sorted({row[key] for row in rows} - known):
-                kind = key.removesuffix("_id")
+        for kind, known in self._ids.items():
+            if unknown := sorted({row[f"{kind}_id"] for row in rows} - known):
                 raise ValueError(f"{path}: {kind} ids {unknown[:5]} are not in {self.path}; {fix}")
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Figures of one results file. `metrics` has `METRICS`, None where no annotation has the size.
-
-    `precision` is the precision at recall 0, 0.01, ..., 1 with IoU 0.50, by name of the category; categories without
-    annotations are left out. `backend` says what evaluated, with its version.
-    """
+class Evaluation(NamedTuple):
+    """Figures of one results file."""
 
     metrics: dict[str, float | None]
+    """`METRICS`, None where no annotation has the size."""
     precision: dict[str, tuple[float, ...]]
-    backend: str
+    """At recall 0, 0.01, ..., 1 with IoU 0.50, by name of each category that has annotations."""
 
 
 def evaluate_boxes(document: Any, results: Sequence[Any]) -> Evaluation:
@@ -145,13 +117,12 @@ def evaluate_boxes(document: Any, results: Sequence[Any]) -> Evaluation:
     curves = np.asarray(evaluator.eval["precision"])[0, :, :, 0, -1]
     names = {row["id"]: str(row["name"]) for row in document["categories"]}
     return Evaluation(
-        metrics={name: value if value >= 0 else None for name, value in metrics.items()},
-        precision={
+        {name: value if value >= 0 else None for name, value in metrics.items()},
+        {
             names[int(category)]: tuple(round(float(value), 4) for value in curve)
             for category, curve in zip(evaluator.params.catIds, curves.T, strict=True)
             if curve[0] >= 0
         },
-        backend=f"faster-coco-eval {version('faster-coco-eval')}",
     )
 
 
@@ -162,18 +133,15 @@ def evaluator_of(document: Any, results: Sequence[Any], **options: Any) -> Any:
     """
     from faster_coco_eval import COCO, COCOeval_faster
 
-    def numbered(number: int, row: Any, **more: Any) -> dict[str, Any]:
-        kept = {"image_id": row["image_id"], "category_id": row["category_id"], "bbox": list(row["bbox"])}
-        return {**kept, "id": number, "area": float(row["bbox"][2]) * float(row["bbox"][3]), "iscrowd": 0, **more}
+    def numbered(rows: Sequence[Any]) -> Any:
+        boxes = []
+        for number, row in enumerate(rows, start=1):
+            area = row["bbox"][2] * row["bbox"][3] if row.get("area") is None else row["area"]
+            own = {"id": number, "area": float(area), "iscrowd": int(bool(row.get("iscrowd"))), "bbox": [*row["bbox"]]}
+            boxes.append({**row, **own})
+        return COCO({"images": document["images"], "categories": document["categories"], "annotations": boxes})
 
-    annotated = []
-    for number, row in enumerate(document["annotations"], start=1):
-        area = {} if row.get("area") is None else {"area": float(row["area"])}
-        annotated.append(numbered(number, row, iscrowd=int(bool(row.get("iscrowd"))), **area))
-    found = [numbered(number, row, score=float(row["score"])) for number, row in enumerate(results, start=1)]
-    whole = {"images": document["images"], "categories": document["categories"]}
-    truth, detections = COCO({**whole, "annotations": annotated}), COCO({**whole, "annotations": found})
-    return COCOeval_faster(truth, detections, "bbox", **options)
+    return COCOeval_faster(numbered(document["annotations"]), numbered(results), "bbox", **options)
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path, PurePath
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -18,15 +18,11 @@ from castling_det.report.records import Comparison, ImageComparison
 BOXES = {"truth": "#ffffff", "right": "#4cc3ff", "wrong": "#ff7f0e", "missed": "#fff200"}
 """Colours on photographs: annotated, found rightly, found wrongly, missed."""
 
-_SIDE = 512
-"""Pixels of a picture's longer side, at least: tiles are enlarged so that lines stay thin beside the objects."""
-
-_MARGIN = 8
-"""Pixels outside of a picture in which boxes are drawn: their lines do not show."""
+_SIDE = 512  # pixels of a picture's longer side, at least: lines stay thin beside the objects of enlarged tiles
+_MARGIN = 8  # pixels outside of a picture in which boxes are drawn: their lines do not show
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One image of the gallery as three pictures of equal size."""
 
     image: ImageComparison
@@ -36,36 +32,28 @@ class Row:
 
 
 def gallery(
-    comparison: Comparison, annotations: Annotations, images: Path, found: tuple[Mapping[int, Found], ...], count: int
+    comparison: Comparison, annotations: Annotations, images: Path, found: Sequence[Mapping[int, Found]], count: int
 ) -> list[Row]:
-    """Draws the first `count` images of a comparison, in its order.
+    """Draws the first `count` images of a comparison with the boxes of baseline and deployed detector.
 
-    Args:
-        comparison: says which images.
-        annotations: ground truth.
-        images: folder that the annotations' file names are relative to.
-        found: boxes of baseline and deployed detector, by image.
-        count: number of images, at most.
-
-    Raises:
-        ValueError: an image file that is missing, outside of the folder or cannot be decoded; names it.
+    ValueError names a file that is missing, outside of the folder `images` or cannot be decoded.
     """
     rows = []
     for image in comparison.images[:count]:
         picture, scale = _load(images, image.file_name)
-        annotated = [row for row in annotations.document["annotations"] if row["image_id"] == image.image_id]
         truth = picture.copy()
-        for row in annotated:
-            crowd = bool(row.get("iscrowd"))
-            _outline(truth, row["bbox"], scale, BOXES["truth"], dashed=crowd, width=1 if crowd else 3)
+        for row in annotations.document["annotations"]:
+            if row["image_id"] == image.image_id:
+                crowd = bool(row.get("iscrowd"))
+                _outline(truth, row["bbox"], scale, BOXES["truth"], dashed=crowd, width=1 if crowd else 3)
         rows.append(Row(image, truth, *(_draw(picture, boxes.get(image.image_id, Found()), scale) for boxes in found)))
     return rows
 
 
-def strip(row: Row, titles: tuple[str, str, str], *, gap: int = 8) -> Image.Image:
-    """The three pictures of a row beside each other, `gap` pixels apart, each under its title."""
+def strip(row: Row, titles: tuple[str, str, str]) -> Image.Image:
+    """The three pictures of a row beside each other, each under its title."""
     width, height = row.truth.size
-    head = 24
+    head, gap = 24, 8
     whole = Image.new("RGB", (3 * width + 2 * gap, height + head), "white")
     for number, (picture, title) in enumerate(zip((row.truth, row.baseline, row.deployed), titles, strict=True)):
         left = number * (width + gap)

@@ -15,7 +15,7 @@ import msgspec
 from castling_det.files import write_text
 
 SCHEMA = "castling_det.report/3"
-"""Name and version of the JSON form. Any change of a field raises the version; older versions are not read."""
+"""Name and version of the JSON form. A change that old files do not fit raises the version."""
 
 METRICS = ("mAP", "mAP50", "mAP75", "mAP_s", "mAP_m", "mAP_l")
 """COCO's average precisions, in [0, 1]: over IoU 0.50 to 0.95, at 0.50, at 0.75, of small, medium and large boxes."""
@@ -46,7 +46,7 @@ class Series:
 
 @dataclass(frozen=True)
 class MaskOccupancy:
-    """What the mask of the softmax branch kept in each layer (`blocks.0`), in [0, 1], over training.
+    """The share of weights, and of probability, above the mask's threshold in each layer over training.
 
     `empty_from` is the first logged iteration from which on no layer kept anything, None if there is none.
     """
@@ -58,11 +58,7 @@ class MaskOccupancy:
 
 @dataclass(frozen=True)
 class Latency:
-    """A measured latency: median in milliseconds of one image at `input_shape` (height, width) in pixels.
-
-    `threads` are torch's on the CPU. `peak_mib` is memory in MiB beyond what stood before the call. `source` names the
-    record that it was read from.
-    """
+    """The median latency of one image of `input_shape` (height, width) pixels, and the call's own memory in MiB."""
 
     p50_ms: float
     threads: int
@@ -101,10 +97,9 @@ class Timing:
 
 @dataclass(frozen=True)
 class BenchmarkRow:
-    """One variant of attention at one input of a benchmark: the fields that a report reads.
+    """One variant of attention at one input: the fields of a benchmark's row that a report reads.
 
-    `level` is core, block, backbone or detector. `height` x `width` are of the map of tokens (core, block) or of the
-    image in pixels. Its `status` is ok, failed or skipped.
+    `height` x `width` are the map of tokens at the levels core and block, else the image in pixels.
     """
 
     level: str
@@ -133,10 +128,9 @@ class Benchmark:
 
 @dataclass(frozen=True)
 class Difference:
-    """mAP of the runs `name` minus the baseline's: the mean over `pairs` of runs, one a seed, and its interval.
+    """mAP of the runs `name` minus the baseline's: the mean over `pairs` of runs, one a seed.
 
-    `low` to `high` is the central interval at `confidence` over `resamples` draws of the `images` test images with
-    replacement, the same draws for both detectors, from the seed `bootstrap_seed`.
+    `low` to `high` is the interval at `confidence` over `resamples` draws of the `images` test images.
     """
 
     name: str
@@ -160,7 +154,7 @@ class Counts:
 
     @property
     def f1(self) -> float:
-        """2 tp / (2 tp + fp + fn), in [0, 1]; 1 where there was nothing to find and nothing was found."""
+        """In [0, 1]; 1 where there was nothing to find and nothing was found."""
         total = 2 * self.tp + self.fp + self.fn
         return 2 * self.tp / total if total else 1.0
 
@@ -196,11 +190,10 @@ class Comparison:
 class RunRecord:
     """One detector: how it was trained, what it scored, what it costs. A failed one has a `reason`.
 
-    `name` groups runs that differ in `seed` alone. `checkpoint_sha256` is that of the file that was tested. `precision`
-    is the precision at recall 0, 0.01, ..., 1 with IoU 0.50, by category. `gmacs` are 10^9 multiply-adds of one image
-    at `input_shape` (height, width) in pixels. `train_seconds` is the time of the iterations, without validation.
-    `loss` and `validation` (mAP) are thinned; `final_loss` is the mean over the last quarter of training. Only the
-    report's first run with a mask keeps its curves. `notes` say what is missing and why.
+    Runs of one `name` differ in `seed` alone. `checkpoint` is the file that was tested, `predictions` a results file
+    that gives `metrics`, and `precision` its precision at recall 0, 0.01, ..., 1 with IoU 0.50, by category. `gmacs`
+    are 10^9 multiply-adds of one image of `input_shape` (height, width) pixels. `train_seconds` leaves validation out.
+    `loss` and `validation` (mAP) are thinned. `notes` say what is missing and why.
     """
 
     name: str
@@ -213,6 +206,7 @@ class RunRecord:
     checkpoint_sha256: str | None = None
     metrics: dict[str, float | None] = field(default_factory=dict)
     metrics_source: str | None = None
+    predictions: str | None = None
     precision: dict[str, tuple[float, ...]] = field(default_factory=dict)
     params: int | None = None
     gmacs: float | None = None
@@ -265,7 +259,7 @@ class Report:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of the runs, in the order given, each once."""
+        """The names of the runs, each once."""
         return unique(run.name for run in self.runs)
 
     def runs_named(self, name: str) -> tuple[RunRecord, ...]:
@@ -282,12 +276,13 @@ def unique(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def read_json(path: str | os.PathLike[str], kind: type[T], expected: str) -> T:
-    """The content of a JSON file as a `kind`, which msgspec checks field by field.
+def printable(text: str) -> str:
+    """The text with U+FFFD for characters that no file or page can show: controls, halves of surrogate pairs."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else "\N{REPLACEMENT CHARACTER}" for letter in text)
 
-    Raises:
-        ValueError: one line that names the file, the field and what was `expected`.
-    """
+
+def read_json(path: str | os.PathLike[str], kind: type[T], expected: str) -> T:
+    """The content of a JSON file as a `kind`; else ValueError, one line with the file, the field and `expected`."""
     try:
         if not Path(path).is_file():
             raise ValueError("no such regular file")
@@ -297,11 +292,7 @@ def read_json(path: str | os.PathLike[str], kind: type[T], expected: str) -> T:
 
 
 def write_document(path: str | os.PathLike[str], value: Any, *, schema: str, field: str) -> None:
-    """Writes the dataclass `value` as `{"schema": schema, field: ...}`, which `read_document` takes back.
-
-    Raises:
-        ValueError: a value that would not come back, such as NaN for a number.
-    """
+    """Writes the dataclass `value` as `{"schema": schema, field: ...}`; ValueError if it would not come back (NaN)."""
     encoded = msgspec.json.encode(value)
     msgspec.json.decode(encoded, type=type(value))
     document = msgspec.json.encode({"schema": schema, field: msgspec.Raw(encoded)})
@@ -309,11 +300,7 @@ def write_document(path: str | os.PathLike[str], value: Any, *, schema: str, fie
 
 
 def read_document(path: str | os.PathLike[str], kind: type[T], *, schema: str, field: str, fix: str) -> T:
-    """Reads what `write_document` wrote.
-
-    Raises:
-        ValueError: not readable JSON, another schema or version, or a field that does not fit; says the `fix`.
-    """
+    """Reads what `write_document` wrote; ValueError, with the `fix`, for another schema or a field that is wrong."""
     document = read_json(path, dict[str, msgspec.Raw], f"a record ({fix})")
     found = msgspec.json.decode(document.get("schema", b"null"))
     if found != schema:
@@ -335,19 +322,20 @@ def read_report(path: str | os.PathLike[str]) -> Report:
 
 
 def this_machine() -> Machine:
-    """Describes the machine and the checkout that this process runs on."""
+    """The machine and the checkout that this process runs on."""
     import torch
 
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    threads, version = torch.get_num_threads(), str(torch.__version__)
-    return Machine(version, device, _cpu_model(), threads, platform.python_version(), _commit())
-
-
-def _cpu_model() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
     named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
+    return Machine(
+        torch=str(torch.__version__),
+        device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        cpu=next(named, platform.processor() or platform.machine()),
+        threads=torch.get_num_threads(),
+        python=platform.python_version(),
+        commit=_commit(),
+    )
 
 
 def _commit() -> str | None:
@@ -361,7 +349,6 @@ def _commit() -> str | None:
     try:
         # An installed wheel may lie in somebody else's repository: ask whether git tracks this very file.
         git("ls-files", "--error-unmatch", place.name)
-        changed = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "HEAD").strip() + ("+changes" if changed else "")
+        return git("describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes").strip()
     except (OSError, subprocess.SubprocessError):
         return None

@@ -7,8 +7,9 @@ import csv
 import io
 import statistics
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +18,15 @@ from PIL import Image
 from castling_det.files import write_text
 from castling_det.report.compare import Spread, Summary, crossover, summaries
 from castling_det.report.gallery import BOXES, Row
-from castling_det.report.records import METRICS, BenchmarkRow, Report, RunRecord, unique, write_report_json
+from castling_det.report.records import METRICS, BenchmarkRow, Report, RunRecord, printable, unique, write_report_json
 
-RUN_COLUMNS = (*METRICS, "iterations", "training", "checkpoint sha256")
+RUN_COLUMNS = (*METRICS, "iterations", "training (h:m:s)", "checkpoint sha256")
 
 
 def write_report(out_dir: Path, report: Report, pictures: Sequence[Row] = (), attention: Sequence[Any] = ()) -> None:
     """Writes `report.json`, `report.md`, `report.csv` and `index.html` into `out_dir`, each atomically.
 
-    Args:
-        out_dir: made if it is not there.
-        report: the record.
-        pictures: the gallery of the report's comparison.
-        attention: pictures of tools/attention.py.
+    The page shows `pictures`, the gallery of the report's comparison, and `attention`, those of tools/attention.py.
     """
     write_report_json(out_dir / "report.json", report)
     write_text(out_dir / "report.md", markdown(report))
@@ -49,11 +46,6 @@ def markdown_table(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[s
 def one_line(text: str) -> str:
     """The text as one line of Markdown that can neither break a table nor be HTML."""
     return printable(" ".join(text.split())).replace("|", "\\|").replace("<", "&lt;")
-
-
-def printable(text: str) -> str:
-    """The text with U+FFFD for what no file or page can show: control characters, halves of surrogate pairs."""
-    return "".join(letter if letter.isprintable() or letter == "\n" else "\N{REPLACEMENT CHARACTER}" for letter in text)
 
 
 def headline(report: Report, *, brief: bool = True) -> str:
@@ -107,9 +99,9 @@ def csv_text(report: Report) -> str:
 
 
 def _csv_row(report: Report, run: RunRecord) -> dict[str, object]:
-    found = report.difference_of(run.name)
+    difference = report.difference_of(run.name)
     latency = asdict(run.latency) if run.latency is not None else {}
-    difference = asdict(found) if found is not None else {}
+    interval = asdict(difference) if difference is not None else {}
     height, width = run.input_shape or (None, None)
     timed_height, timed_width = latency.get("input_shape", (None, None))
     return {
@@ -121,11 +113,11 @@ def _csv_row(report: Report, run: RunRecord) -> dict[str, object]:
         **{name: run.metrics.get(name) for name in METRICS},
         "metrics_source": run.metrics_source,
         "baseline": report.baseline,
-        "mAP_minus_baseline_mean_over_seeds": difference.get("value"),
-        "mAP_minus_baseline_low": difference.get("low"),
-        "mAP_minus_baseline_high": difference.get("high"),
-        "interval_confidence": difference.get("confidence"),
-        "interval_resamples": difference.get("resamples"),
+        "mAP_minus_baseline_mean_over_seeds": interval.get("value"),
+        "mAP_minus_baseline_low": interval.get("low"),
+        "mAP_minus_baseline_high": interval.get("high"),
+        "interval_confidence": interval.get("confidence"),
+        "interval_resamples": interval.get("resamples"),
         "params": run.params,
         "gmacs": run.gmacs,
         "gmacs_input_height_px": height,
@@ -191,68 +183,61 @@ def _speeds(report: Report) -> list[tuple[str, list[BenchmarkRow]]]:
 
 
 def _tiles(report: Report) -> list[tuple[str, str]]:
-    """The four numbers that a reader came for, each with its text; those that are not there are left out."""
+    """The four numbers that a reader came for, each with its text; unknown ones are left out."""
     by_name = {summary.name: summary for summary in summaries(report)}
     baseline, deployed = by_name[report.baseline], by_name[report.deployed]
-    tiles = []
+    ours, theirs, tiles = deployed.first, baseline.first, []
     if "mAP" in deployed.metrics and "mAP" in baseline.metrics:
-        ours, theirs = deployed.metrics["mAP"].text(), baseline.metrics["mAP"].text()
-        tiles.append((ours, f"mAP of {deployed.name}; {baseline.name} {theirs}"))
+        mAP = deployed.metrics["mAP"].text(), baseline.metrics["mAP"].text()
+        tiles.append((mAP[0], f"mAP of {deployed.name}; {baseline.name} {mAP[1]}"))
     if (difference := deployed.difference) is not None:
-        seeds = f", mean over {difference.count} seeds" if difference.count > 1 else ""
+        seeds = f", mean over {difference.seeds} seeds" if difference.seeds > 1 else ""
         interval = report.difference_of(deployed.name)
         spread = f"; {interval.confidence:.0%} {interval.low:+.3f} to {interval.high:+.3f}" if interval else ""
         tiles.append((f"{difference.mean:+.3f}", f"mAP of {deployed.name} minus {baseline.name}{seeds}{spread}"))
-    macs = deployed.first.gmacs, baseline.first.gmacs
-    if macs[0] is not None and macs[1]:
-        tiles.append((f"{macs[0] / macs[1] - 1:+.0%}", f"multiply-adds: {macs[0]:.3f} against {macs[1]:.3f} GMACs"))
-    times = [summary.first.latency.p50_ms for summary in (deployed, baseline) if summary.first.latency is not None]
-    if len(times) == 2:
+    if ours.gmacs is not None and theirs.gmacs:
+        text = f"multiply-adds: {ours.gmacs:.3f} against {theirs.gmacs:.3f} GMACs"
+        tiles.append((f"{ours.gmacs / theirs.gmacs - 1:+.0%}", text))
+    if ours.latency and theirs.latency:
+        times = ours.latency.p50_ms, theirs.latency.p50_ms
         tiles.append((f"{times[0] / times[1] - 1:+.0%}", f"latency p50: {times[0]:.1f} against {times[1]:.1f} ms"))
     return tiles
 
 
 def _table(report: Report, brief: bool) -> tuple[list[str], list[list[str]]]:
-    """Titles of the headline table, units in them, and its rows. A column is there where a run has its figure.
-
-    `brief` leaves out details.
-    """
-
-    def metric(name: str) -> Callable[[Summary], str]:
-        return lambda summary: _text(summary.metrics.get(name))
-
-    def first(of: Callable[[RunRecord], float | None], form: str) -> Callable[[Summary], str]:
-        """What does not depend on the seed."""
-        return lambda summary: "-" if (value := of(summary.first)) is None else format(value, form)
-
-    def any_run(of: Callable[[RunRecord], object]) -> bool:
-        return any(of(run) is not None for run in report.runs)
-
+    """Titles of the headline table, units in them, and its rows. `brief` leaves out details."""
+    found = summaries(report)
+    runs = [summary.first for summary in found]  # for all that does not depend on the seed
+    latencies = [run.latency for run in runs]
     shape = next((run.input_shape for run in report.runs if run.input_shape is not None), None)
-    interval = f"{report.differences[0].confidence:.0%} interval" if report.differences else ""
-    cells: dict[str, Callable[[Summary], str]] = {
-        "run": lambda summary: summary.name,
-        "seeds": _seeds,
-        "mAP": metric("mAP"),
-        f"mAP - {report.baseline}": lambda s: "baseline" if s.name == report.baseline else _text(s.difference, "+"),
-    }
-    if interval:
-        cells[interval] = lambda summary: _interval(report, summary)
-    sizes = [] if brief else [size for size in METRICS[3:] if any_run(lambda run: run.metrics.get(size))]  # noqa: B023
-    cells |= {name: metric(name) for name in ("mAP50", "mAP75", *sizes)}
-    cells["params (M)"] = first(lambda run: run.params and run.params / 1e6, ".2f")
-    cells["GMACs" + (" at {}x{}".format(*shape) if shape else "")] = first(lambda run: run.gmacs, ".3f")
-    if any_run(lambda run: run.latency):
-        cells["latency p50 (ms)"] = first(lambda run: run.latency.p50_ms if run.latency else None, ".1f")
-    if not brief and any_run(lambda run: run.latency and run.latency.peak_mib):
-        cells["peak memory (MiB)"] = first(lambda run: run.latency.peak_mib if run.latency else None, ".1f")
-    if not brief and any_run(lambda run: run.train_seconds):
-        cells["training"] = _training
-    return list(cells), [[cell(summary) for cell in cells.values()] for summary in summaries(report)]
+    columns = {"run": [s.name for s in found], "seeds": [_seeds(s) for s in found]}
+    columns["mAP"] = [_text(s.metrics.get("mAP")) for s in found]
+    columns[f"mAP - {report.baseline}"] = [
+        "baseline" if s.name == report.baseline else _text(s.difference, "+") for s in found
+    ]
+    if report.differences:
+        intervals = [report.difference_of(s.name) for s in found]
+        title = f"{report.differences[0].confidence:.0%} interval"
+        columns[title] = [f"{d.low:+.3f} to {d.high:+.3f}" if d is not None else "-" for d in intervals]
+    columns |= {name: [_text(s.metrics.get(name)) for s in found] for name in METRICS[1:]}
+    columns["params (M)"] = [_number(run.params and run.params / 1e6, ".2f") for run in runs]
+    columns["GMACs" + (" at {}x{}".format(*shape) if shape else "")] = [_number(run.gmacs, ".3f") for run in runs]
+    columns["latency p50 (ms)"] = [_number(timed.p50_ms if timed else None, ".1f") for timed in latencies]
+    columns["peak memory (MiB)"] = [_number(timed.peak_mib if timed else None, ".1f") for timed in latencies]
+    columns["training (h:m:s)"] = [_training(s) for s in found]
+    details = {*METRICS[3:], "peak memory (MiB)", "training (h:m:s)"}
+    for title in (*details, "latency p50 (ms)"):
+        if (brief and title in details) or set(columns[title]) == {"-"}:
+            del columns[title]
+    return list(columns), [list(row) for row in zip(*columns.values(), strict=True)]
 
 
 def _text(spread: Spread | None, sign: str = "") -> str:
-    return spread.text(sign=sign) if spread is not None else "-"
+    return spread.text(sign) if spread is not None else "-"
+
+
+def _number(value: float | None, form: str) -> str:
+    return format(value, form) if value is not None else "-"
 
 
 def _seeds(summary: Summary) -> str:
@@ -260,14 +245,13 @@ def _seeds(summary: Summary) -> str:
     return f"{summary.seeds} (FAILED: {failed})" if failed else str(summary.seeds)
 
 
-def _interval(report: Report, summary: Summary) -> str:
-    found = report.difference_of(summary.name)
-    return f"{found.low:+.3f} to {found.high:+.3f}" if found is not None else "-"
-
-
 def _training(summary: Summary) -> str:
     seconds = [run.train_seconds for run in summary.runs if run.ok and run.train_seconds is not None]
-    return duration(statistics.mean(seconds)) if seconds else "-"
+    return _duration(statistics.mean(seconds)) if seconds else "-"
+
+
+def _duration(seconds: float | None) -> str:
+    return str(timedelta(seconds=round(seconds))) if seconds is not None else "-"
 
 
 def _interval_note(report: Report) -> str:
@@ -287,11 +271,9 @@ def _interval_note(report: Report) -> str:
 def _latency_note(report: Report) -> str:
     """How the latencies were measured; empty without any."""
     timed = [run.latency for run in report.runs if run.latency is not None]
-    if not timed:
-        return ""
     kinds = unique("{}x{} pixels, {} threads, {}".format(*m.input_shape, m.threads, m.device) for m in timed)
     sources = unique(latency.source for latency in timed if latency.source is not None)
-    lines = [f"Latency is that of one image: {'; '.join(kinds)}."]
+    lines = [f"Latency is that of one image: {'; '.join(kinds)}."] if timed else []
     lines += [f"From {'; '.join(sources)}."] if sources else []
     if any("variant softmax," in source for source in sources):
         lines.append("Benchmarks time softmax without the local convolution that our softmax runs have.")
@@ -316,22 +298,11 @@ def _commands(report: Report) -> tuple[str, ...]:
 
 def _run_cells(run: RunRecord) -> list[str]:
     """Seed, status, and the cells below `RUN_COLUMNS`."""
-    values = [run.metrics.get(name) for name in METRICS]
     return [
-        "-" if run.seed is None else str(run.seed),
+        _number(run.seed, "d"),
         "ok" if run.ok else "FAILED",
-        *("-" if value is None else f"{value:.3f}" for value in values),
-        "-" if run.iterations is None else str(run.iterations),
-        "-" if run.train_seconds is None else duration(run.train_seconds),
-        run.checkpoint_sha256[:12] if run.checkpoint_sha256 else "-",
+        *(_number(run.metrics.get(name), ".3f") for name in METRICS),
+        _number(run.iterations, "d"),
+        _duration(run.train_seconds),
+        (run.checkpoint_sha256 or "-")[:12],
     ]
-
-
-def duration(seconds: float) -> str:
-    """`12 s`, `3 min 05 s` or `2 h 10 min`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

@@ -42,10 +42,7 @@ class TrainingLog:
 
 
 def coco_metrics(row: dict[str, Any]) -> Row:
-    """COCO's box metrics among the keys of a row, whatever their prefix; empty if there are none.
-
-    COCO writes -1 where no annotation has the asked size; that is None here.
-    """
+    """COCO's box metrics in a row, whatever their prefix. COCO's -1, for a size without annotations, is None here."""
     named = {_COCO_KEYS.get(key.rpartition("/")[2]): value for key, value in row.items() if _is_number(value)}
     return {name: _finite(value) if value >= 0 else None for name, value in named.items() if name is not None}
 
@@ -53,10 +50,8 @@ def coco_metrics(row: dict[str, Any]) -> Row:
 def read_training_log(work_dir: Path) -> TrainingLog:
     """Reads all sessions of a training work dir; empty if it holds none.
 
-    Rows that an earlier session logged beyond the point at which a later one resumed were given up, and are dropped.
-
-    Raises:
-        ValueError: a line that is not JSON, other than a last one that a kill cut short; names the file and the line.
+    Rows that a session logged beyond the point at which a later one resumed are dropped. ValueError names a line that
+    is no JSON, other than a last one that a kill cut short.
     """
     train, val, mask = (Table(), Table(), Table())
     epoch_length = None
@@ -72,13 +67,9 @@ def read_training_log(work_dir: Path) -> TrainingLog:
     scalars, kept = _series(train), _series(mask)
     fraction, mass = (_layers(kept, quantity) for quantity in ("kept_fraction/", "kept_mass/"))
     iterations = _iterations(work_dir, epoch_length, max(train)) if train else None
-    return TrainingLog(
-        scalars=scalars,
-        validation=_series(val),
-        mask=MaskOccupancy(_empty_from(fraction), fraction, mass),
-        iterations=iterations,
-        seconds=_seconds(scalars.get("time", Series()), iterations),
-    )
+    seconds = _seconds(scalars.get("time", Series()), iterations)
+    occupancy = MaskOccupancy(_empty_from(fraction), fraction, mass)
+    return TrainingLog(scalars, _series(val), occupancy, iterations, seconds)
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -169,19 +160,11 @@ def _finite(value: float) -> float | None:
 
 
 def read_test_metrics(test_dir: Path) -> Row:
-    """COCO's box metrics, in [0, 1], of the newest test run: `<time>/<time>.json`.
-
-    Raises:
-        ValueError: no such file, or no box metric in it; names the file and the fix.
-    """
+    """COCO's box metrics, in [0, 1], of the newest test run; ValueError, with the fix, if there are none."""
     found = metrics_files(test_dir)
     if not found:
         raise ValueError(f"{test_dir}: no <time>/<time>.json with metrics; run {_TEST_COMMAND} {test_dir}")
-    try:
-        row = json.loads(found[-1].read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{found[-1]}: not a readable JSON file: {error}") from error
-    metrics = coco_metrics(row) if isinstance(row, dict) else {}
+    metrics = coco_metrics(read_json(found[-1], dict[str, Any], "the metrics of a test"))
     if metrics.get("mAP") is None:
         raise ValueError(
             f"{found[-1]}: no box mAP; CocoMetric writes none when the detector found nothing at all or format_only is "
@@ -202,11 +185,7 @@ def _pointer(work_dir: Path) -> str | None:
 
 
 def find_checkpoint(work_dir: Path) -> Path:
-    """The checkpoint that `last_checkpoint` names, or the only `.pth` file of the folder.
-
-    Raises:
-        ValueError: none, or several and nothing says which.
-    """
+    """The checkpoint that `last_checkpoint` names, or the folder's only `.pth` file; ValueError if there is none."""
     named, found = _pointer(work_dir), sorted(work_dir.glob("*.pth"))
     if named is not None and not (work_dir / named).is_file():
         where = f"{work_dir / 'last_checkpoint'} names {named}, which is not in {work_dir}"
@@ -218,11 +197,7 @@ def find_checkpoint(work_dir: Path) -> Path:
 
 
 def read_dumped_config(work_dir: Path) -> tuple[Path, Any] | None:
-    """The newest config that mmengine dumped in a work dir, with its path; None if there is none.
-
-    Raises:
-        ValueError: it cannot be read, or a part of it is missing; names it and the fix.
-    """
+    """The newest config that mmengine dumped in a work dir, with its path; ValueError if a part of it is missing."""
     found = sorted(work_dir.glob("*/vis_data/config.py")) or sorted(work_dir.glob("*.py"), key=os.path.getmtime)
     if not found:
         return None

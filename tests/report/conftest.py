@@ -35,7 +35,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
         specs, baseline="softmax", deployed="deploy", annotations=data, created_by="tools/report.py --x",
         benchmarks=[write_benchmark(root / "benchmark")], resamples=200,
     )  # fmt: skip
-    return Demo(report, comparison_pictures(report, specs, data, images, count=3), specs)
+    return Demo(report, comparison_pictures(report, data, images, count=3), specs)
 
 
 @pytest.fixture(scope="session")

@@ -231,7 +231,8 @@ def test_every_backbone_is_captured_as_it_runs(family, tmp_path):
 
 
 def test_the_panels_show_the_chosen_token(tmp_path, monkeypatch):
-    config, checkpoint, image = detector("vit", tmp_path, normalizer="kernel", threshold=1.0, threshold_unit="uniform")
+    options = dict(normalizer="kernel", threshold=1.0, threshold_unit="uniform")
+    config, checkpoint, image = detector("vit", tmp_path, attn_cfg=options)
     loaded, model, meta = load_detector(config, checkpoint)
     captured = capture(loaded, model, image, "blocks.0", meta)
     # The image of 90 x 60 is seen at 96 x 64, where a token is 8 x 8: x = 80 lies at 85.3, y = 33 at 35.2.

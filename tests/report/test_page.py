@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from castling_det.report.attention_maps import AttentionPicture
-from castling_det.report.build import build_report, comparison_pictures, read_attention
+from castling_det.report.attention_maps import AttentionPicture, read_pictures
+from castling_det.report.build import build_report, comparison_pictures
 from castling_det.report.evaluation import Annotations
 from castling_det.report.gallery import Row
 from castling_det.report.records import Report, RunRecord, Series, read_report
@@ -138,8 +138,8 @@ def test_a_detector_that_scores_zero_is_drawn() -> None:
 def test_pictures_of_the_attention_are_shown_by_name(demo: Demo, tmp_path: Path) -> None:
     for name, width, caption in (("b", 30, "blocks.1, <mode> 'linear'"), ("a", 20, "blocks.0, cos/π")):
         AttentionPicture(Image.new("RGB", (width, 8), (200, 10, 10)), caption).save(tmp_path / f"{name}.png")
-    assert [picture.caption for picture in read_attention(tmp_path / "b.png")] == ["blocks.1, <mode> 'linear'"]
-    write_report(tmp_path / "out", demo.report, demo.pictures, read_attention(tmp_path))
+    assert [picture.caption for picture in read_pictures(tmp_path / "b.png")] == ["blocks.1, <mode> 'linear'"]
+    write_report(tmp_path / "out", demo.report, demo.pictures, read_pictures(tmp_path))
     page = Page((tmp_path / "out" / "index.html").read_text(encoding="utf-8"))
     shown = [decoded(uri) for uri in page.photographs[9:]]
     assert [picture.size for picture in shown] == [(20, 8), (30, 8)] and abs(shown[0].getpixel((10, 4))[0] - 200) < 12
@@ -147,7 +147,7 @@ def test_pictures_of_the_attention_are_shown_by_name(demo: Demo, tmp_path: Path)
     Image.new("RGB", (3, 3)).save(tmp_path / "c.png")
     for place, message in ((".", "c.png: has no caption"), ("out", "no .png"), ("x", "no such")):
         with pytest.raises(ValueError, match=message):
-            read_attention(tmp_path / place)
+            read_pictures(tmp_path / place)
 
 
 HOSTILE = [
@@ -184,7 +184,7 @@ def hostile(demo: Demo, names: list[str]) -> tuple[Report, list[Row]]:
         comparison=dataclasses.replace(comparison, baseline=baseline, deployed=deployed),
     )  # fmt: skip
     return report, [
-        dataclasses.replace(row, image=dataclasses.replace(row.image, file_name=name))
+        row._replace(image=dataclasses.replace(row.image, file_name=name))
         for row, name in zip(demo.pictures, names, strict=True)
     ]
 
@@ -236,7 +236,7 @@ def pictures_of(annotations: Path, images: Path, specs: list[RunSpec]) -> list[A
     data = Annotations(annotations)
     report = build_report(specs, baseline="a", deployed="b", annotations=data, created_by="x", resamples=0)
     assert report.comparison is not None and report.comparison.images[0].image_id == 0
-    return comparison_pictures(report, specs, data, images)
+    return comparison_pictures(report, data, images)
 
 
 @pytest.mark.timeout(60)

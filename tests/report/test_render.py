@@ -14,7 +14,7 @@ from castling_det.report.build import build_report, read_latency
 from castling_det.report.compare import latency_of, read_benchmark, summaries
 from castling_det.report.evaluation import Annotations
 from castling_det.report.records import RunRecord, Series, read_report
-from castling_det.report.render import csv_text, duration, headline, html_page, loss_table, markdown, write_report
+from castling_det.report.render import csv_text, headline, html_page, loss_table, markdown, write_report
 from castling_det.report.runs import RunSpec, final_loss
 from tests.report.conftest import Demo
 from tests.report.samples import dump, make_report, make_run, write_benchmark, write_data
@@ -32,14 +32,14 @@ def test_the_markdown_holds_the_table(demo: Demo) -> None:
     softmax, deploy = table["softmax"], table["deploy"]
     assert table["run"] == [
         "seeds", "mAP", "mAP - softmax", "95% interval", "mAP50", "mAP75", "mAP_s", "params (M)", "GMACs at 128x128",
-        "latency p50 (ms)", "peak memory (MiB)", "training",
+        "latency p50 (ms)", "peak memory (MiB)", "training (h:m:s)",
     ]  # fmt: skip
     mean = sum(run.metrics["mAP"] or 0 for run in demo.report.runs_named("softmax")) / 2
     assert softmax[0] == "2" and softmax[1].startswith(f"{mean:.3f} ± ") and softmax[2:4] == ["baseline", "-"]
     found = demo.report.difference_of("deploy")
     assert found is not None and deploy[3] == f"{found.low:+.3f} to {found.high:+.3f}"
     assert "6 test images: 200 draws with replacement (seed 0)" in text.replace("\n", " ")
-    assert (softmax[9], deploy[9]) == ("0.4", "0.1") and softmax[10] == "128.0" and softmax[11] == "1 min 40 s"
+    assert (softmax[9], deploy[9]) == ("0.4", "0.1") and softmax[10] == "128.0" and softmax[11] == "0:01:40"
     assert "tools/report.py --x" in text and "train.py softmax.py" in text
     assert all(len(line) <= 130 for line in text.splitlines() if not line.startswith(("|", "- ")))
     assert "mAP_s" not in headline(demo.report) and "95% interval" in headline(demo.report), "the README's is narrow"
@@ -158,10 +158,6 @@ def test_another_file_is_no_benchmark(tmp_path: Path) -> None:
     for content in ({"schema": "castling_det.benchmark/1", "benchmark": {"rows": 3}}, {"schema": "x"}, [], 3):
         with pytest.raises(ValueError, match=r"a\.json: .*measure again with tools/benchmark\.py"):
             read_benchmark(dump(tmp_path / "a.json", content))
-
-
-def test_durations() -> None:
-    assert [duration(value) for value in (12.4, 185, 7800)] == ["12 s", "3 min 05 s", "2 h 10 min"]
 
 
 def test_a_report_of_nothing_but_names_is_rendered() -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from castling_det.report.bootstrap import Matches, draw_images
-from castling_det.report.build import build_report
+from castling_det.report.bootstrap import draw_images, mean_average_precisions
+from castling_det.report.build import build_report, with_costs
 from castling_det.report.evaluation import Annotations
 from castling_det.report.records import Counts, Report
 from castling_det.report.render import html_page, markdown
@@ -52,15 +52,11 @@ def test_the_difference_is_the_mean_over_seeds_on_the_same_draws(tmp_path: Path)
     specs = [RunSpec("a", None, predictions=a0, seed=0), RunSpec("b", None, predictions=b0, seed=0),
              RunSpec("b", None, predictions=b1, seed=1), RunSpec("a", None, predictions=a1, seed=1)]  # fmt: skip
     (found,) = _report(specs, annotations, resamples=80, bootstrap_seed=5).differences
-    scores = {path: Matches(annotations.document, annotations.results(path)) for path in paths}
-    expected = [
-        np.mean([scores[b].mean_average_precision(counts) - scores[a].mean_average_precision(counts)
-                 for a, b in ((a0, b0), (a1, b1))])
-        for counts in draw_images(6, 80, 5)
-    ]  # fmt: skip
-    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(expected, [0.025, 0.975])))
-    whole = {path: score.mean_average_precision() for path, score in scores.items()}
-    assert found.value == pytest.approx((whole[b0] - whole[a0] + whole[b1] - whole[a1]) / 2)
+    draws = draw_images(6, 80, 5)
+    scores = {p: mean_average_precisions(annotations.document, annotations.results(p), draws) for p in paths}
+    value, *drawn = (scores[b0] - scores[a0] + scores[b1] - scores[a1]) / 2
+    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(drawn, [0.025, 0.975])))
+    assert found.value == pytest.approx(value)
     assert (found.name, found.pairs, found.images, found.resamples, found.bootstrap_seed) == ("b", 2, 6, 80, 5)
     assert _report(specs, annotations, resamples=0).differences == ()
     unpaired = [dataclasses.replace(spec, seed=None) for spec in specs]
@@ -188,10 +184,10 @@ def test_a_detector_that_cannot_be_counted_keeps_its_scores_and_says_so(tmp_path
     write_test(tmp_path / "test", mAP=0.2)
     config = next((tmp_path / "test").glob("*/vis_data/config.py"))
     config.write_text(config.read_text().replace('type="FPN"', 'type="NoSuchNeck"'))
-    run = build_run(RunSpec("a", tmp_path), shape=(64, 64))
+    run = with_costs(build_run(RunSpec("a", tmp_path)), (64, 64), {}, {})
     assert run.ok and "cannot be built" in run.notes[0] and "NoSuchNeck" in run.notes[0]
     config.write_text(config.read_text().replace('type="NoSuchNeck"', 'type="FPN"'))
-    run = build_run(RunSpec("a", tmp_path), shape=(0, 64))
+    run = with_costs(build_run(RunSpec("a", tmp_path)), (0, 64), {}, {})
     assert run.ok and run.gmacs is None and "shape=(0, 64)" in run.notes[0]
     report = make_report(dataclasses.replace(run, name="softmax"), dataclasses.replace(run, name="deploy"))
     for text in (markdown(report), html_page(report)):

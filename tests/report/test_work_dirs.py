@@ -166,7 +166,7 @@ def test_missing_or_broken_results_name_the_file_and_the_fix(tmp_path: Path) -> 
         read_test_metrics(tmp_path)
     for damaged in (b'{"coco/bbox_mAP": 0.', b"\xff\xfe", b"[" * 100_000):
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"120000\.json: not a readable JSON file"):
+        with pytest.raises(ValueError, match=r"120000\.json: not readable as the metrics of a test"):
             read_test_metrics(tmp_path)
 
 

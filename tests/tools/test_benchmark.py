@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from castling_det.layers import CastlingAttention
-from tests.report.records import MACHINE
+from tests.report.samples import MACHINE
 from tools.benchmarks import attention
 from tools.benchmarks.attention import Benchmark, Row, Timing, benchmark_markdown, main, ratios_markdown, read_benchmark
 from tools.benchmarks.variants import VARIANTS
@@ -162,7 +162,7 @@ def test_a_bad_option_is_named(arguments, said, tmp_path, capsys):
 
 def test_other_faults_are_named(tmp_path, capsys):
     (tmp_path / "other.json").write_text('{"schema": "castling_det.report/1"}')
-    for path, said in (("none.json", "No such file"), ("other.json", "schema='castling_det.report/1': expected")):
+    for path, said in (("none.json", "no such regular"), ("other.json", "schema='castling_det.report/1': expected")):
         assert main(["--render", str(tmp_path / path)]) == 1
         assert said in capsys.readouterr().err
     assert main(["--num-heads", "5", "--out", str(tmp_path)]) == 1

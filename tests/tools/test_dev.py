@@ -14,8 +14,7 @@ from PIL import Image
 from castling_det.config import load_config
 from castling_det.report.complexity import detector_complexity
 from castling_det.report.records import MaskOccupancy, RunRecord, Series, write_report_json
-from tests.report.records import make_report, make_run
-from tests.report.samples import write_session
+from tests.report.samples import make_report, make_run, write_session
 from tools.benchmarks import numerics
 from tools.dev import mask_picture, model_zoo, stability
 
@@ -78,7 +77,7 @@ def test_the_mask_picture_shows_schedules_and_record(tmp_path, monkeypatch, caps
 
     monkeypatch.setattr(matplotlib.axes.Axes, "plot", spy)
     mask = MaskOccupancy(kept_fraction={"blocks.0": Series((1, 2, 3), (0.5, None, 0.0))})
-    run = RunRecord("castling", "ok", seed=0, mask=mask)
+    run = RunRecord("castling", seed=0, mask=mask)
     report = make_report(make_run("softmax", 0, 0.1), run, make_run("deploy", 0, 0.1))
     write_report_json(tmp_path / "report.json", report)
     options = ["--end", "64", "--begin", "0.1", "--empty-from", "0.5"]
