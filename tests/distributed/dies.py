@@ -1,4 +1,4 @@
-"""For the test of a lost rank: imported by its config, in the ranks that MMDetection's own tool runs in."""
+"""Imported by the ranks of a test: lets them start without a GPU, and has the hook that kills one of them."""
 
 from __future__ import annotations
 
@@ -6,9 +6,14 @@ import os
 import signal
 from typing import Any
 
+import torch
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
+
+if not torch.cuda.is_available():
+    # MMEngine sets a CUDA device before it joins the process group, whatever the backend.
+    torch.cuda.set_device = lambda device: None
 
 
 @HOOKS.register_module()

@@ -79,6 +79,8 @@ def train(folder: Path, *, ranks: int, extra: dict[str, Any] | None = None, **ca
 
 
 def _rank(rank: int, ranks: int, port: int, folder: Path, cases: Sequence[dict[str, Any]]) -> None:
+    import tests.distributed.dies  # noqa: F401  (ranks without a GPU)
+
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )

@@ -18,9 +18,7 @@ DATA = ROOT / "data" / "tree_crowns"
 CONFIG = ROOT / "configs" / "castling_vit" / "gfl_castling-vit-nano_castling_tree-crowns.py"
 MAX_ITERS = 4
 
-needs_data = pytest.mark.skipif(
-    not (DATA / "prepared.json").is_file(), reason="run make data"
-)
+needs_data = pytest.mark.skipif(not (DATA / "prepared.json").is_file(), reason="run make data")
 
 
 def _short_config(work_dir: Path, **hook: object) -> Config:
