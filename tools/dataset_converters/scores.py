@@ -38,11 +38,13 @@ from rich.table import Table
 from castling_det.files import sha256_of, write_json
 
 REQUIREMENTS = Path(__file__).with_suffix(".txt")
-FULL_TRAIN_PAGES, MIN_TRAIN_BOXES = 1200, 200
+MIN_TRAIN_BOXES = 200
+# About the pages of the whole data set: a limit takes its share of every piece.
+PAGES = {"train": 1250, "val": 62, "test": 430, "test_petaluma": 140}
 TUNES_PER_JOB = 10
 # verovio 6.4.1 ends the process on this one.
 UNREADABLE = {"LillibulleroOrProtestantBoys.abc"}
-SPLITS = ("train", "val", "test", "test_petaluma")
+SPLITS = tuple(PAGES)
 # Raise it when the output changes for the same settings: folders that were made before are then made anew.
 LAYOUT = 1
 
@@ -106,7 +108,7 @@ def download_wheels(cache: Path) -> dict[str, Path]:
 
 
 def list_jobs(corpus: zipfile.ZipFile, splits: Sequence[str], limit: int | None) -> list[Job]:
-    """The jobs of these splits; with a limit about as many pages, from the first jobs of each collection in turn."""
+    """The jobs of these splits; with a limit the first of each collection in turn."""
     jobs = [job for collection in COLLECTIONS for job in _jobs_of(corpus, collection)]
     for job in [job for job in jobs if job.split == "test"]:
         jobs.append(job._replace(split="test_petaluma", font=UNSEEN_FONT, max_pages=-(-job.max_pages // 4)))
@@ -116,9 +118,13 @@ def list_jobs(corpus: zipfile.ZipFile, splits: Sequence[str], limit: int | None)
         return [job for job in full if job.split in splits]
     short = []
     for split in splits:
+        share = min(1.0, limit / PAGES[split])
         rounds = sorted((job for job in jobs if job.split == split), key=lambda job: job.number)
-        each = -(-limit // len(rounds))
-        short += [job._replace(max_pages=min(each, job.max_pages)) for job in rounds[: limit + 2]]
+        pages = 0
+        while rounds and pages < 1.25 * limit + 2:  # some jobs give fewer pages, or none
+            job = rounds.pop(0)
+            short.append(job._replace(max_pages=max(1, round(share * job.max_pages))))
+            pages += short[-1].max_pages
     return short
 
 
@@ -216,7 +222,7 @@ def _write_annotations(
 ) -> dict[str, Any]:
     """Writes the COCO files. A category has MIN_TRAIN_BOXES in train; a limit lowers the number in proportion."""
     counts = Counter(symbol.name for _, symbols in pages["train"] for symbol in symbols)
-    least = MIN_TRAIN_BOXES if limit is None else max(1, round(MIN_TRAIN_BOXES * limit / FULL_TRAIN_PAGES))
+    least = MIN_TRAIN_BOXES if limit is None else max(1, round(MIN_TRAIN_BOXES * limit / PAGES["train"]))
     ids = {name: number for number, name in enumerate(sorted(n for n in counts if counts[n] >= least), start=1)}
     summary: dict[str, Any] = {"categories": list(ids)}
     for split, entries in pages.items():
