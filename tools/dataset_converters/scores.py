@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import multiprocessing
 import re
 import subprocess
@@ -20,9 +21,9 @@ import sys
 import tempfile
 import zipfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,11 +38,13 @@ from rich.table import Table
 from castling_det.files import sha256_of, write_json
 
 REQUIREMENTS = Path(__file__).with_suffix(".txt")
-FULL_TRAIN_PAGES, MIN_TRAIN_BOXES = 1200, 200
+MIN_TRAIN_BOXES = 200
+# About the pages of the whole data set: a limit takes its share of every piece.
+PAGES = {"train": 1250, "val": 62, "test": 430, "test_petaluma": 140}
 TUNES_PER_JOB = 10
 # verovio 6.4.1 ends the process on this one.
 UNREADABLE = {"LillibulleroOrProtestantBoys.abc"}
-SPLITS = ("train", "val", "test", "test_petaluma")
+SPLITS = tuple(PAGES)
 # Raise it when the output changes for the same settings: folders that were made before are then made anew.
 LAYOUT = 1
 
@@ -104,19 +107,24 @@ def download_wheels(cache: Path) -> dict[str, Path]:
     return wheels
 
 
-def list_jobs(corpus: zipfile.ZipFile, limit: int | None) -> list[Job]:
-    """Every split's jobs; with a limit about as many pages, from the first jobs of each collection in turn."""
+def list_jobs(corpus: zipfile.ZipFile, splits: Sequence[str], limit: int | None) -> list[Job]:
+    """The jobs of these splits; with a limit the first of each collection in turn."""
     jobs = [job for collection in COLLECTIONS for job in _jobs_of(corpus, collection)]
     for job in [job for job in jobs if job.split == "test"]:
         jobs.append(job._replace(split="test_petaluma", font=UNSEEN_FONT, max_pages=-(-job.max_pages // 4)))
     if limit is None:
         # Two of three short pieces are enough in the fifth font.
-        return [job for job in jobs if job.split != "test_petaluma" or job.max_pages > 1 or job.number % 3]
+        full = [job for job in jobs if job.split != "test_petaluma" or job.max_pages > 1 or job.number % 3]
+        return [job for job in full if job.split in splits]
     short = []
-    for split in SPLITS:
+    for split in splits:
+        share = min(1.0, limit / PAGES[split])
         rounds = sorted((job for job in jobs if job.split == split), key=lambda job: job.number)
-        each = -(-limit // len(rounds))
-        short += [job._replace(max_pages=min(each, job.max_pages)) for job in rounds[: limit + 2]]
+        pages = 0
+        while rounds and pages < 1.25 * limit + 2:  # some jobs give fewer pages, or none
+            job = rounds.pop(0)
+            short.append(job._replace(max_pages=max(1, round(share * job.max_pages))))
+            pages += short[-1].max_pages
     return short
 
 
@@ -154,24 +162,51 @@ def _save_pages(job: Job, folder: Path) -> list[tuple[dict[str, Any], list[Symbo
     return saved
 
 
-def build(
-    folder: Path, wheels: dict[str, Path], paper: tuple[int, int], long_side: int, limit: int | None, processes: int
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Settings:
+    """What decides the content of the data set.
+
+    Raises:
+        ValueError: a setting is out of its range.
+    """
+
+    paper: tuple[int, int] = (160, 220)
+    """Width and height of a page in mm; the music keeps its size."""
+    long_side: int = 1280
+    """Longer side of a page in pixels."""
+    splits: tuple[str, ...] = SPLITS
+    limit: int | None = None
+    """At most so many pages of each split."""
+
+    def __post_init__(self) -> None:
+        smallest = (("paper", min(self.paper), 60), ("long_side", self.long_side, 256), ("limit", self.limit, 1))
+        for name, value, least in smallest:
+            if value is not None and value < least:
+                raise ValueError(f"{name}={value}: expected at least {least}")
+        if "train" not in self.splits or not set(self.splits) <= set(SPLITS):
+            raise ValueError(
+                f"splits={self.splits}: expected some of {', '.join(SPLITS)}, and train among them, which decides what "
+                "the categories are"
+            )
+
+
+def build(folder: Path, wheels: dict[str, Path], settings: Settings, processes: int) -> dict[str, Any]:
     """Fills the folder; returns the numbers of pages and boxes of each split."""
-    for name in ("annotations", *SPLITS):
+    splits, limit = settings.splits, settings.limit
+    for name in ("annotations", *splits):
         (folder / name).mkdir()
     with zipfile.ZipFile(wheels["music21"]) as corpus:
-        jobs = list_jobs(corpus, limit)
+        jobs = list_jobs(corpus, splits, limit)
     with tempfile.TemporaryDirectory() as scratch:
         for project in ("verovio", "resvg-py"):
             with zipfile.ZipFile(wheels[project]) as archive:
                 archive.extractall(scratch)
         spawn = multiprocessing.get_context("spawn")
-        arguments = (wheels["music21"], Path(scratch), paper, long_side)
+        arguments = (wheels["music21"], Path(scratch), settings.paper, settings.long_side)
         with ProcessPoolExecutor(processes, spawn, _start_process, arguments) as pool:
             done = pool.map(partial(_save_pages, folder=folder), jobs)
             results = list(track(done, "engraving", len(jobs), console=Console(stderr=True)))
-    pages: dict[str, list[tuple[dict[str, Any], list[Symbol]]]] = {split: [] for split in SPLITS}
+    pages: dict[str, list[tuple[dict[str, Any], list[Symbol]]]] = {split: [] for split in splits}
     for job, saved in zip(jobs, results, strict=True):
         pages[job.split] += saved
     if limit is not None:
@@ -187,7 +222,7 @@ def _write_annotations(
 ) -> dict[str, Any]:
     """Writes the COCO files. A category has MIN_TRAIN_BOXES in train; a limit lowers the number in proportion."""
     counts = Counter(symbol.name for _, symbols in pages["train"] for symbol in symbols)
-    least = MIN_TRAIN_BOXES if limit is None else max(1, round(MIN_TRAIN_BOXES * limit / FULL_TRAIN_PAGES))
+    least = MIN_TRAIN_BOXES if limit is None else max(1, round(MIN_TRAIN_BOXES * limit / PAGES["train"]))
     ids = {name: number for number, name in enumerate(sorted(n for n in counts if counts[n] >= least), start=1)}
     summary: dict[str, Any] = {"categories": list(ids)}
     for split, entries in pages.items():
@@ -209,59 +244,44 @@ def _write_annotations(
     return summary
 
 
-def prepare(
-    root: Path,
-    *,
-    paper: tuple[int, int] = (160, 220),
-    long_side: int = 1280,
-    limit: int | None = None,
-    processes: int = 2,
-) -> tuple[dict[str, Any], bool]:
+def prepare(root: Path, settings: Settings, *, processes: int = 2) -> tuple[dict[str, Any], bool]:
     """Makes the data set under `root` unless it is there; returns its summary and whether it was there already.
 
-    Args:
-        paper: width and height of a page in mm; the music keeps its size.
-        long_side: longer side of a page in pixels.
-        limit: at most so many pages of each split.
-        processes: how many engrave at the same time; the result is the same.
+    `processes` engrave at the same time; the result is the same.
 
     Raises:
         PreparationError: no connection, or `root` holds files that no preparation made.
-        ValueError: an argument is out of its range.
     """
-    ranges = {"paper": (min(paper), 60), "long_side": (long_side, 256), "processes": (processes, 1)}
-    for name, (value, least) in (ranges | ({"limit": (limit, 1)} if limit is not None else {})).items():
-        if value < least:
-            raise ValueError(f"{name}={value}: expected at least {least}")
-    settings = {"paper": list(paper), "long_side": long_side, "limit": limit}
 
     def make(folder: Path) -> dict[str, Any]:
-        return build(folder, download_wheels(root.resolve() / "cache"), paper, long_side, limit, processes)
+        return build(folder, download_wheels(root.resolve() / "cache"), settings, processes)
 
-    return prepare_folder(root, {"layout": LAYOUT, "wheels": sha256_of(REQUIREMENTS), **settings}, make)
+    # As JSON reads it back: lists, no tuples.
+    request = {"layout": LAYOUT, "wheels": sha256_of(REQUIREMENTS), **json.loads(json.dumps(asdict(settings)))}
+    return prepare_folder(root, request, make)
 
 
 def main() -> int:
     """Prepares the data as the command line says; returns the exit code."""
+    usual = Settings()
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--root", "--out", type=Path, default=Path("data/scores"), help="default: %(default)s")
     parser.add_argument(
-        "--paper", type=int, nargs=2, default=(160, 220), metavar=("WIDTH", "HEIGHT"), help="mm (default: 160 220)"
+        "--paper", type=int, nargs=2, default=usual.paper, metavar=("WIDTH", "HEIGHT"), help="mm, default: 160 220"
     )
-    parser.add_argument(
-        "--long-side", type=int, default=1280, metavar="PIXELS", help="of a page (default: %(default)s)"
-    )
-    parser.add_argument("--limit", type=int, metavar="PAGES", help="of each split, for a try (default: all)")
+    parser.add_argument("--long-side", type=int, default=usual.long_side, metavar="PIXELS", help="default: %(default)s")
+    parser.add_argument("--splits", nargs="+", default=SPLITS, choices=SPLITS, help="default: all")
+    parser.add_argument("--limit", type=int, metavar="PAGES", help="of each split, default: all")
     parser.add_argument("--processes", type=int, default=2, help="default: %(default)s")
-    arguments = vars(parser.parse_args())
-    root, paper = arguments.pop("root"), tuple(arguments.pop("paper"))
+    args = parser.parse_args()
     try:
-        summary, reused = prepare(root, paper=paper, **arguments)
+        settings = Settings(tuple(args.paper), args.long_side, tuple(args.splits), args.limit)
+        summary, reused = prepare(args.root, settings, processes=args.processes)
     except (PreparationError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    table = Table("split", "pages", "boxes", title=f"Scores in {root}" + (" (already complete)" if reused else ""))
-    for split in SPLITS:
+    table = Table("split", "pages", "boxes", title=f"Scores in {args.root}" + (" (already complete)" if reused else ""))
+    for split in settings.splits:
         table.add_row(split, str(summary[split]["pages"]), str(summary[split]["boxes"]))
     Console().print(table, f"{len(summary['categories'])} categories")
     return 0

@@ -1,5 +1,5 @@
 # Engraved scores on small sheets, prepared by tools/dataset_converters/scores.py --root data/scores_demo --paper 80 110
-# --long-side 640 --limit 400: notes of 10 to 13 pixels, trained on crops, tested on whole sheets.
+# --long-side 640 --splits train val --limit 400: notes of 10 to 13 pixels, trained on crops, tested on whole sheets.
 dataset_type = "castling_det.CheckedCocoDataset"
 data_root = "data/scores_demo/"
 # What has enough boxes to be learned in minutes; sorted as the converter sorts.
@@ -8,19 +8,18 @@ classes = (
     "accidentalNatural",
     "accidentalSharp",
     "cClef",
-    "dynamicPiano",
     "fClef",
     "flag8thDown",
     "flag8thUp",
     "gClef",
     "noteheadBlack",
     "noteheadHalf",
-    "noteheadWhole",
     "rest8th",
     "restQuarter",
 )
 metainfo = dict(classes=classes)
 crop_size = (192, 192)
+sheet_size = (640, 640)
 
 # No flips: a turned clef is no clef.
 train_pipeline = [
@@ -32,6 +31,7 @@ train_pipeline = [
 ]
 test_pipeline = [
     dict(type="LoadImageFromFile"),
+    dict(type="Resize", scale=sheet_size, keep_ratio=True),
     dict(type="LoadAnnotations", with_bbox=True),
     dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")),
 ]
@@ -60,13 +60,13 @@ val_dataloader = dict(
     dataset=dict(
         type=dataset_type,
         data_root=data_root,
-        ann_file="annotations/test.json",
-        data_prefix=dict(img="test/"),
+        ann_file="annotations/val.json",
+        data_prefix=dict(img="val/"),
         metainfo=metainfo,
         test_mode=True,
         pipeline=test_pipeline,
     ),
 )
 test_dataloader = val_dataloader
-val_evaluator = dict(type="CocoMetric", ann_file=data_root + "annotations/test.json", metric="bbox")
+val_evaluator = dict(type="CocoMetric", ann_file=data_root + "annotations/val.json", metric="bbox")
 test_evaluator = val_evaluator

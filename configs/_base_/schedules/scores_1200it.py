@@ -1,4 +1,4 @@
-# 1200 iterations from scratch, minutes on two CPU cores: the recipe of the demo on scores, the same for every attention.
+# 1200 iterations from scratch, minutes on two CPU cores: the recipe of the demo on scores, one for every attention.
 _base_ = "mmdet::_base_/default_runtime.py"
 
 max_iters = 1200
