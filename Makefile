@@ -6,27 +6,28 @@ READY := $(VENV)/.ready
 LOCK := requirements/py311-linux-x86_64.lock
 STACK ?= onedl
 
-# The data set of the demo and the studies: a script tools/dataset_converters/DATA.py, configs *_DATA.py.
-DATA ?= tree-crowns
+# The data set, scores or tree-crowns: the demo takes the scores unless it is named, the studies the tree crowns.
+DATA ?=
+STUDY_DATA := $(or $(DATA),tree-crowns)
 ONE_THREAD := OMP_NUM_THREADS=1
 
 .PHONY: demo study options uptrain exports deployed-latency benchmarks test test-slow test-stack stability lint docs setup data lock licences audit sbom dist fuzz crash-test clean
 
-demo: $(READY) data
-	$(BIN)/python tools/demo.py --data $(DATA)
+demo: $(READY)
+	$(BIN)/python tools/demo.py --data $(or $(DATA),scores)
 
 # The demo over three seeds: the table of the README.
 study: $(READY) data
-	$(BIN)/python tools/demo.py --data $(DATA) --work-dir work_dirs/study --seeds 0 1 2
+	$(BIN)/python tools/demo.py --data $(STUDY_DATA) --work-dir work_dirs/study --seeds 0 1 2
 
 # Each option of the attention alone, three seeds: the table of docs/options.md. Two hours on two idle cores.
 options: $(READY) data
-	$(BIN)/python tools/study.py --data $(DATA) \
+	$(BIN)/python tools/study.py --data $(STUDY_DATA) \
 	  --variants softmax linear published kernel image-conv uniform geometric ramp ramp-centered castling
 
 # The study's softmax detectors become linear ones in a quarter of their iterations.
 uptrain: study
-	$(BIN)/python tools/uptrain.py --data $(DATA) --distill
+	$(BIN)/python tools/uptrain.py --data $(STUDY_DATA) --distill
 
 # mAP of exported files of an uptrained ViT and of the LeViT beside PyTorch's; and the latency of a ViT-S in each runtime.
 VIT := configs/castling_vit/gfl_castling-vit-nano_deploy-from-softmax_tree-crowns.py work_dirs/uptraining/seed0/deploy/deploy.pth
@@ -128,7 +129,7 @@ crash-test: $(READY) data
 setup: $(READY)
 
 data: $(READY)
-	$(BIN)/python tools/dataset_converters/$(subst -,_,$(DATA)).py
+	$(BIN)/python tools/dataset_converters/tree_crowns.py
 
 # The lock where it applies, with a hash for every file; other Pythons and machines install the pins.
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check

@@ -18,8 +18,14 @@ from castling_det.compat.host import mmdet_tool
 
 TOOLS = Path(__file__).resolve().parent
 CONFIGS = TOOLS.parent / "configs"
-# By the name in the configs' file names: where the data set lies. Its converter has the folder's name.
-DATA = {"tree-crowns": Path("data/tree_crowns")}
+# By the name in the configs' file names: where the data set lies, and its converter with the converter's arguments.
+DATA = {
+    "scores": (
+        Path("data/scores_demo"),
+        ["scores.py", "--paper", "80", "110", "--long-side", "640", "--splits", "train", "val", "--limit", "400"],
+    ),
+    "tree-crowns": (Path("data/tree_crowns"), ["tree_crowns.py"]),
+}
 
 
 @cache
@@ -72,7 +78,7 @@ class Experiment:
     @property
     def root(self) -> Path:
         """Where the data set lies."""
-        return self.data_root or DATA[self.data]
+        return self.data_root or DATA[self.data][0]
 
     @property
     def annotations(self) -> tuple[Path, Path]:
@@ -154,10 +160,10 @@ class Experiment:
         from castling_det.datasets.checks import raise_for_problems
         from castling_det.datasets.config_checks import check_dataset
 
-        converter = TOOLS / "dataset_converters" / f"{DATA[self.data].name}.py"
-        prepare = [*python(converter), "--root", str(self.root)]
+        script, *options = DATA[self.data][1]
+        prepare = [*python(TOOLS / "dataset_converters" / script), *options, "--root", str(self.root)]
         if not all(path.is_file() for path in self.annotations) and subprocess.run(prepare).returncode:
-            raise ValueError(f"{self.annotations[0]} is missing; it is written by {converter} --root {self.root}")
+            raise ValueError(f"{self.annotations[0]} is missing; it is written by {' '.join(prepare[1:])}")
         for name in names:
             config = resolved(self.config(name)).copy()
             config.merge_from_dict(self._places())

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from demo import demo_steps
+from demo import RUNS, demo_steps
 from experiments import DATA, Experiment
 from study import VARIANTS, recipe, study_steps
 from uptrain import uptraining_steps
@@ -38,9 +38,10 @@ def test_the_demo_is_a_chain_of_public_commands(plan):
     assert {step.done for name, step in steps.items() if ": test" in name} <= set(report.inputs)
 
 
-def test_every_data_set_has_a_converter():
-    for folder in DATA.values():
-        assert (ROOT / "tools" / "dataset_converters" / f"{folder.name}.py").is_file()
+def test_every_data_set_has_a_converter_and_the_configs_of_the_demo():
+    for name, (_, (script, *_)) in DATA.items():
+        assert (ROOT / "tools" / "dataset_converters" / script).is_file()
+        assert all(Experiment(Path("w"), "castling_vit/gfl_castling-vit-nano", name).config(run) for run in RUNS)
 
 
 def test_a_data_set_elsewhere_is_the_one_that_is_trained_on(plan, tmp_path):
