@@ -92,6 +92,10 @@ class MaskedAttention(nn.Module):
         """
         return x
 
+    def extra_repr(self) -> str:
+        """The options, for `print(model)`."""
+        return str(self.options)
+
     def _check_tokens(self, x: Tensor, hw: tuple[int, int], dim: int, num_prefix_tokens: int = 0) -> None:
         if x.shape[1] != num_prefix_tokens + hw[0] * hw[1] or x.shape[2] != dim:
             prefix = f"{num_prefix_tokens} + " if num_prefix_tokens else ""
@@ -214,10 +218,6 @@ class CastlingAttention(MaskedAttention):
         assert self.dconv is not None
         y_BNHK: Tensor = self.dconv(v_BNHK.flatten(-2), hw).unflatten(-1, v_BNHK.shape[-2:])
         return y_BNHK
-
-    def extra_repr(self) -> str:
-        """The options, for `print(model)`."""
-        return f"{self.options}, num_heads={self.num_heads}"
 
 
 def attention_layers(model: nn.Module, mode: str | None = None) -> dict[str, MaskedAttention]:

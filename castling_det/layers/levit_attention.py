@@ -149,10 +149,6 @@ class LevitAttention(MaskedAttention):
         gathered: Tensor = table_HYX[:, rows[:, None, :, None], columns[None, :, None, :]]
         return gathered.flatten(3).flatten(1, 2).unsqueeze(0)
 
-    def extra_repr(self) -> str:
-        """The options, for `print(model)`."""
-        return f"{self.options}, num_heads={self.num_heads}, key_dim={self.key_dim}, value_dim={self.value_dim}"
-
 
 def resized_biases(table: Tensor, hw: tuple[int, int]) -> Tensor:
     """Interpolates biases by distance (|dy|, |dx|) from (H, R * R) to a map of size `hw`, (H, height * width).

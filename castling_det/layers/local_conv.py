@@ -55,7 +55,6 @@ class LocalConv(nn.Conv2d):
         else:
             super().__init__(dim, dim, kernel_size, stride=stride, padding=kernel_size // 2, groups=dim, bias=False)
         self.kind = kind
-        self.dim = dim
         self.num_heads = num_heads
         self.num_prefix_tokens = num_prefix_tokens
         self.map_stride = stride

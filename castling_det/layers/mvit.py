@@ -151,10 +151,6 @@ class PooledAttention(MaskedAttention):
             image = F.avg_pool2d(image, ratio, ceil_mode=True, count_include_pad=False)
         return image.flatten(2).transpose(1, 2)
 
-    def extra_repr(self) -> str:
-        """The options, for `print(model)`."""
-        return f"{self.options}, num_heads={self.num_heads}, stride_q={self.stride_q}, stride_kv={self.stride_kv}"
-
 
 class PooledBlock(nn.Module):
     """MViTv2's block: `x = shortcut(x) + attn(norm1(x))`, then `x + mlp(norm2(x))`.
