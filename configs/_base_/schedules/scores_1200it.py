@@ -1,5 +1,5 @@
 # 1200 iterations from scratch, minutes on two CPU cores: the recipe of the demo on scores, one for every attention.
-_base_ = "mmdet::_base_/default_runtime.py"
+_base_ = ["mmdet::_base_/default_runtime.py", "../custom_imports.py"]
 
 max_iters = 1200
 train_cfg = dict(type="IterBasedTrainLoop", max_iters=max_iters, val_interval=max_iters // 2)
