@@ -1,9 +1,6 @@
 _base_ = "./gfl_castling-vit-nano_softmax_scores.py"
 
-# Crops have 576 tokens, whole sheets 4,800: normalizer="kernel" is an average at any number of tokens.
-model = dict(
-    backbone=dict(attention="castling", attn_cfg=dict(normalizer="kernel", threshold=1.0, threshold_unit="uniform"))
-)
+model = dict(backbone=dict(attention="castling", attn_cfg=dict(threshold=1.0, threshold_unit="uniform")))
 # end: tokens of a 192 x 192 crop at stride 8, so that the ramp itself empties the mask.
 custom_hooks = [
     *_base_.custom_hooks,

@@ -1,3 +1,3 @@
 _base_ = "./gfl_castling-vit-nano_softmax_scores.py"
 
-model = dict(backbone=dict(attention="linear", attn_cfg=dict(normalizer="kernel")))
+model = dict(backbone=dict(attention="linear"))

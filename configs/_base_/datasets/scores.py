@@ -18,14 +18,14 @@ classes = (
     "restQuarter",
 )
 metainfo = dict(classes=classes)
-crop_size = (192, 192)
+image_size = (192, 192)
 sheet_size = (640, 640)
 
 # No flips: a turned clef is no clef.
 train_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="LoadAnnotations", with_bbox=True),
-    dict(type="RandomCrop", crop_size=crop_size, allow_negative_crop=True),
+    dict(type="RandomCrop", crop_size=image_size, allow_negative_crop=True),
     dict(type="FilterAnnotations", min_gt_bbox_wh=(4, 4), keep_empty=False),
     dict(type="PackDetInputs"),
 ]
