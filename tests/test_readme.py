@@ -1,4 +1,4 @@
-"""The README's configs load, and its table is what the records say."""
+"""The configs of docs/own_data.md load, and the tables are what the records say."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mmengine.config import Config
 import castling_det
 
 ROOT = Path(__file__).resolve().parents[1]
-BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "own_data.md").read_text(encoding="utf-8"), re.DOTALL)
 
 
 def load(tmp_path, text):
