@@ -132,6 +132,12 @@ class MaskAnnealingHook(Hook):
         self.interval = interval
         self._layers: dict[str, MaskedAttention] = {}
         self._kept: dict[str, Tensor] = {}
+        self._resumed_from: dict[str, Any] = {}
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
+        """Remembers where the mask stood when the training that is resumed was saved."""
+        if runner._resume:
+            self._resumed_from = ((checkpoint.get("meta") or {}).get(META_KEY) or {}).get("mask") or {}
 
     def before_train(self, runner: Runner) -> None:
         """Finds the layers and checks the settings against them and against the length of the run."""
@@ -161,6 +167,14 @@ class MaskAnnealingHook(Hook):
             share=self.share,
         )
         self._state = self._state_at(runner.iter / max_iters)
+        before = self._resumed_from
+        if before.get("threshold", 0) > self._state.threshold:
+            runner.logger.warning(
+                f"MaskAnnealingHook: the mask opens again. The checkpoint was saved at threshold "
+                f"{before['threshold']:.4g} of max_iters={before.get('max_iters')}; at this iteration of "
+                f"max_iters={max_iters} the schedule says {self._state.threshold:.4g}. The schedule spans max_iters: "
+                "resume with the value of before, or train on with attention='linear' and load_from"
+            )
         # An infinite threshold is not JSON: this finite one empties the mask too.
         self._largest_logged = 1.0 if unit == "absolute" else float(end)
 

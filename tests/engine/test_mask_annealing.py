@@ -113,6 +113,16 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, options):
     assert (max(scale for _, scale in whole.seen) > 1) == ("share" in options)
 
 
+@pytest.mark.parametrize(("max_iters", "opens"), [(ITERATIONS, False), (4 * ITERATIONS, True)])
+def test_a_mask_that_a_longer_training_opens_again_is_said(tmp_path, max_iters, opens):
+    """The threshold has risen far by iteration 15 of 20, and hardly by iteration 15 of 80."""
+    run(tmp_path, stop_after=ITERATIONS - 1)
+    run(tmp_path, resume=True, max_iters=max_iters, stop_after=ITERATIONS)
+    log = "".join(path.read_text() for path in tmp_path.rglob("*.log"))
+    assert ("the mask opens again" in log) == opens
+    assert (f"max_iters={ITERATIONS}; at this iteration of max_iters={max_iters}" in log) == opens
+
+
 def test_uniform_unit(tmp_path):
     model = run(
         tmp_path,
