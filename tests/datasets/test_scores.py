@@ -11,6 +11,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+
 from castling_det import check_dataset
 
 from .converters import engraving, scores
