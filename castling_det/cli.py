@@ -11,7 +11,7 @@ __all__ = ["main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a subcommand and returns its exit code."""
+    """Returns the exit code."""
     parser = argparse.ArgumentParser(prog="castling-det", description=__doc__)
     parser.add_argument("--version", action="version", version=f"castling-det {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)

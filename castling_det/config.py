@@ -1,4 +1,4 @@
-"""Loading a config, and the fields of it that more than one room reads."""
+"""Loading a config, and reading fields of it."""
 
 from __future__ import annotations
 
@@ -7,15 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-__all__ = [
-    "attention_of",
-    "checkpoint_of",
-    "input_size_of",
-    "load_config",
-    "network_shape",
-    "pipeline_of",
-    "seed_of",
-]
+__all__ = ["attention_of", "checkpoint_of", "input_size_of", "load_config", "network_shape", "pipeline_of", "seed_of"]
 
 
 def load_config(config: Any, options: dict[str, Any] | None = None) -> Any:
@@ -28,11 +20,9 @@ def load_config(config: Any, options: dict[str, Any] | None = None) -> Any:
     Raises:
         ValueError: no such file, or it cannot be read as a config; names it.
     """
-    if not isinstance(config, (str, os.PathLike)):
-        loaded = copy.deepcopy(config) if options else config
-    else:
-        loaded = _read(str(config))
+    loaded = _read(str(config)) if isinstance(config, (str, os.PathLike)) else config
     if options:
+        loaded = copy.deepcopy(loaded)
         loaded.merge_from_dict(options)
     return loaded
 
@@ -42,9 +32,7 @@ def _read(name: str) -> Any:
     from mmengine.hub import get_config
 
     if "::" not in name and not Path(name).is_file():
-        raise ValueError(
-            f"config {name}: no such file; give a .py config or a name such as mmdet::gfl/gfl_r50_fpn_1x_coco.py"
-        )
+        raise ValueError(f"config {name}: no such file; give a .py config, or a name such as mmdet::gfl/NAME.py")
     try:
         return get_config(name) if "::" in name else Config.fromfile(name)
     except Exception as error:  # A config is a program: it can fail in any way.
@@ -52,16 +40,15 @@ def _read(name: str) -> Any:
 
 
 def attention_of(config: Any) -> str | None:
-    """`model.backbone.attention` as the config says it, or None for a backbone that has no such field."""
-    backbone = (config.get("model") or {}).get("backbone") or {}
-    attention = backbone.get("attention")
-    return str(attention) if attention is not None else None
+    """`model.backbone.attention`, or None for a backbone that has no such field."""
+    attention = ((config.get("model") or {}).get("backbone") or {}).get("attention")
+    return None if attention is None else str(attention)
 
 
 def seed_of(config: Any) -> int | None:
     """`randomness.seed`, or None if the config leaves it open."""
     seed = (config.get("randomness") or {}).get("seed")
-    return int(seed) if seed is not None else None
+    return None if seed is None else int(seed)
 
 
 def checkpoint_of(config: Any) -> str | None:
@@ -71,7 +58,7 @@ def checkpoint_of(config: Any) -> str | None:
 
 
 def pipeline_of(config: Any) -> list[dict[str, Any]]:
-    """The steps that prepare a test image, copied; empty if the config has none. Data set wrappers are looked into."""
+    """The steps that prepare a test image, copied, also of a wrapped data set; empty if the config has none."""
     dataset = (config.get("test_dataloader") or {}).get("dataset") or {}
     while "pipeline" not in dataset:
         inner = dataset.get("dataset") or (dataset.get("datasets") or [None])[0]

@@ -27,15 +27,13 @@ class Finding:
     """One line of the answer."""
 
     name: str
-    status: str
-    """`"ok"`, `"warning"` or `"problem"`."""
+    status: str  # "ok", "warning" or "problem"
     detail: str
     advice: str = ""
-    """What to do; empty where the status is ok."""
 
 
 class Trouble(Exception):
-    """Raised by a check that is not satisfied: what was seen, and what to do about it."""
+    """What a check saw that is wrong, and what to do about it."""
 
     def __init__(self, detail: str, advice: str, status: str = "problem") -> None:
         super().__init__(detail)
@@ -48,19 +46,19 @@ def run_doctor(*, as_json: bool = False) -> int:
     # Notices of other packages at import stay out of the answer; the findings say the same.
     with open(os.devnull, "w", encoding="utf-8") as sink, redirect_stdout(sink), redirect_stderr(sink):
         findings = list(examine())
+    width = max(len(finding.name) for finding in findings)
     if as_json:
         print(json.dumps([asdict(finding) for finding in findings], indent=2))
-        return int(any(finding.status == "problem" for finding in findings))
-    width = max(len(finding.name) for finding in findings)
-    for finding in findings:
-        print(f"{finding.status:<8} {finding.name:<{width}}  {finding.detail}")
-        if finding.advice:
-            print(f"{'':<8} {'':<{width}}  -> {finding.advice}")
+    else:
+        for finding in findings:
+            print(f"{finding.status:<8} {finding.name:<{width}}  {finding.detail}")
+            if finding.advice:
+                print(f"{'':<8} {'':<{width}}  -> {finding.advice}")
     return int(any(finding.status == "problem" for finding in findings))
 
 
 def examine() -> Iterator[Finding]:
-    """Every finding, those first that others depend on. A check that raises becomes a problem."""
+    """Runs `CHECKS`; one that raises is a problem."""
     for name, check in CHECKS:
         try:
             yield Finding(name, "ok", check())

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: written to a temporary name, synced, renamed. And a lock between processes."""
+"""Files that are either whole or absent, and a lock between processes."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ __all__ = ["atomic_write", "locked", "sha256_of", "write_json", "write_text"]
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str], *, suffix: str = ".part") -> Iterator[Path]:
-    """Yields a temporary path beside `path`, ending in `suffix`; on success it is synced and takes the name `path`.
+    """Yields a temporary path beside `path`, ending in `suffix`; without an error it is synced and renamed to `path`.
 
-    On any error, a full disk included, the temporary file is removed and an older `path` is left as it was.
+    On any error, a full disk included, the temporary file is removed and an older `path` stays.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -71,10 +71,9 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
 
 @contextmanager
 def locked(path: str | os.PathLike[str], *, wait: bool = True) -> Iterator[None]:
-    """Holds a lock on the file `path`, which is made and stays; the lock ends with the process, however that ends.
+    """Holds a lock on the file `path`, which stays; any end of the process releases it.
 
-    Raises:
-        BlockingIOError: with `wait=False`, when another process holds the lock.
+    With `wait=False` a lock of another process raises BlockingIOError.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,7 @@ STAND_IN_ORIGIN = "castling_det.compat"
 
 
 def install() -> None:
-    """Installs the hook once, however often it is called and from however many copies of the package."""
+    """Installs the hook once, also where several copies of the package call it."""
     if CONFIGS in sys.modules:
         register_configs(sys.modules[CONFIGS])
     if not any(hasattr(finder, "castling_det_hook") for finder in sys.meta_path):
@@ -32,7 +32,7 @@ def install() -> None:
 
 
 def at_interpreter_start() -> None:
-    """Installs the hook and leaves the package unimported: a checkout earlier on the path must win over this one."""
+    """Installs the hook and unloads the package: a checkout earlier on the path must win over this one."""
     install()
     for name in ("castling_det.startup", "castling_det"):
         sys.modules.pop(name, None)
@@ -41,8 +41,8 @@ def at_interpreter_start() -> None:
 def register_configs(config_utils: ModuleType) -> None:
     """Makes MMEngine find `castling_det::` configs.
 
-    MMEngine looks for the folder next to the package's metadata. An editable install is not there, so we name this
-    module instead, which MMEngine imports to find its folder.
+    MMEngine looks next to the package's metadata. An editable install is not there, so we name this module instead,
+    which MMEngine imports to find its folder.
     """
     from importlib.metadata import PackageNotFoundError, distribution
     from pathlib import Path
@@ -55,7 +55,7 @@ def register_configs(config_utils: ModuleType) -> None:
 
 
 class ImportHook:
-    """Finder of `mmengine.config.utils`, and finder and loader of the stand-in for `mmcv._ext`."""
+    """Finds `mmengine.config.utils`; finds and loads the stand-in for `mmcv._ext`."""
 
     castling_det_hook = True
 

@@ -1,7 +1,6 @@
 """Checks of COCO annotations, of their images, and of the classes that must agree with them, before training starts.
 
-MMDetection itself meets most of these late and far from their cause: wrong class names, for one, end as "need at least
-one array to concatenate". Nothing here needs MMDetection. What passes without an error can be loaded and evaluated.
+Nothing here needs MMDetection. What passes without an error can be loaded and evaluated.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import reprlib
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
@@ -49,11 +49,11 @@ class Problem:
     """One thing that is wrong with the data or its config.
 
     An "error" would stop training or silently spoil it; a "warning" is something that the loader leaves out or changes.
+    `field` is the config's, or a place in the annotation file.
     """
 
     severity: Severity
     field: str
-    """The config's field, or the place in the annotation file."""
     message: str
     fix: str
 
@@ -126,7 +126,7 @@ def check_annotation_file(path: str | os.PathLike[str], **options: Any) -> list[
     source = Path(path)
     if not source.is_file():
         fix = "correct data_root and ann_file; a relative ann_file is looked up under data_root."
-        return [Problem("error", "dataset.ann_file", f"{source} is not a file.", fix)]
+        return _unreadable(f"{source} is not a file.", fix)
     try:
         data = msgspec.json.decode(source.read_bytes())
     except RecursionError:
@@ -135,7 +135,10 @@ def check_annotation_file(path: str | os.PathLike[str], **options: Any) -> list[
         message = f"{source} is not JSON in UTF-8 without a byte order mark ({error})."
     else:
         return check_annotations(data, **options)
-    fix = "the file is damaged, incomplete or in another format; write or copy it again."
+    return _unreadable(message, "the file is damaged, incomplete or in another format; write or copy it again.")
+
+
+def _unreadable(message: str, fix: str) -> list[Problem]:
     return [Problem("error", "dataset.ann_file", message, fix)]
 
 
@@ -151,16 +154,13 @@ def check_annotations(
 
     Args:
         data: the value of the JSON file.
-        classes: names of the classes in the config; None leaves them unchecked.
-        image_root: folder of the images; None leaves them unchecked.
+        classes, image_root: the config's class names, and the folder of the images; None leaves them unchecked.
         need_boxes: whether a file without any annotation is an error; single images without boxes always pass.
-        level: `"names"` looks whether the image files are there, `"headers"` at their sizes and formats as well,
-            `"pixels"` decodes them all.
+        level: as in `check_dataset`.
     """
     if not isinstance(data, Mapping):
-        message = f"holds a JSON {type(data).__name__}, expected an object."
         fix = "ann_file must be a COCO object with the keys images, annotations and categories."
-        return [Problem("error", "dataset.ann_file", message, fix)]
+        return _unreadable(f"holds a JSON {type(data).__name__}, expected an object.", fix)
     problems: list[Problem] = []
     images = _entries(data, "images", _Image, problems)
     categories = _entries(data, "categories", _Category, problems)
@@ -227,7 +227,7 @@ _BOX_RULES: _Rules = {
 }
 
 
-_Sizes: TypeAlias = Mapping[int | str, tuple[float, float] | None]  # by image id; None where the file does not say
+_Sizes: TypeAlias = Mapping[int | str, tuple[float, float] | None]  # by image id; None: not stated
 
 
 def _check_boxes(annotations: Sequence[_Annotation], sizes: _Sizes, categories: set[int | str]) -> list[Problem]:
@@ -299,18 +299,13 @@ def _check_files(images: Sequence[_Image], root: Path | None, level: CheckLevel)
 
 def _files_in(root: Path, folder: str) -> set[str]:
     """Names of the files and of links to files: reading a pipe or a device would never end."""
-
-    def is_file(entry: os.DirEntry[str]) -> bool:
-        try:
-            return entry.is_file()
-        except OSError:  # a loop of links
-            return False
-
-    try:
-        with os.scandir(root / folder) as entries:
-            return {entry.name for entry in entries if is_file(entry)}
-    except (OSError, ValueError):  # the latter for a NUL in the name
-        return set()
+    files = set()
+    with suppress(OSError, ValueError), os.scandir(root / folder) as entries:  # ValueError: a NUL in the name
+        for entry in entries:
+            with suppress(OSError):  # a loop of links
+                if entry.is_file():
+                    files.add(entry.name)
+    return files
 
 
 def _file_fault(path: Path, annotated: _Image, decode: bool) -> str | None:
@@ -347,8 +342,8 @@ def _header_fault(image: Image.Image, annotated: tuple[float, float]) -> str | N
 def check_classes(names: Sequence[str], classes: object) -> list[Problem]:
     """Category names of an annotation file, in its order, against `metainfo['classes']`.
 
-    MMDetection numbers labels in the order of the file, so another order in `classes` shows wrong names. Categories
-    that `classes` leaves out are a warning only: one may train on some of a file's categories.
+    MMDetection numbers labels in the order of the file, so another order shows wrong names. Categories that `classes`
+    leaves out are only a warning.
     """
     fix = (
         f"write `metainfo = dict(classes={tuple(names)!r})`, give it to the dataset of train_dataloader, "
@@ -373,23 +368,15 @@ def check_classes(names: Sequence[str], classes: object) -> list[Problem]:
 
 
 def check_num_classes(model: Any, metainfo: Mapping[str, Any]) -> None:
-    """Raises ValueError if a head of `model` does not count as many classes as `metainfo['classes']` names.
-
-    Unlike MMDetection's NumClassCheckHook it names the config's field, and leaves alone what counts something else (a
-    backbone's classifier, a region proposal network, a semantic branch).
-    """
+    """Raises ValueError if a head of `model` has not as many classes as `metainfo['classes']` names."""
     classes = metainfo.get("classes")
     if classes is None:
         return
-    if isinstance(classes, str):
-        raise ValueError(f"{CLASSES_FIELD} is the text {classes!r}, expected a tuple: write `classes=({classes!r},)`.")
     wrong = []
     for name, module in model.named_modules():
         parts = [part for part in name.split(".") if part not in ("", "module")]
         count = getattr(module, "num_classes", None)
-        if not parts or type(count) is not int or any(part in OTHER_COUNTS for part in parts):
-            continue
-        if count != len(classes):
+        if parts and type(count) is int and count != len(classes) and not set(parts) & set(OTHER_COUNTS):
             field = "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in parts)
             wrong.append(f"  model{field}.num_classes={count} ({type(module).__name__})")
     if wrong:

@@ -19,15 +19,14 @@ __all__ = ["CheckedCocoDataset"]
 class CheckedCocoDataset(CocoDataset):
     """`mmdet.CocoDataset` with the checks of `castling_det.datasets.checks` in front of its loader.
 
-    Takes the same settings. Errors raise one ValueError that names the field and the fix of each; warnings go
-    to the log. `check_files=False` skips the look for missing image files; with `backend_args` (files that
-    are not on a local disk) it is skipped anyway. With `test_mode` a file without annotations passes. Images
-    without boxes are trained on as background unless `filter_cfg` says `filter_empty_gt=True`.
+    Errors raise one ValueError with the field and the fix of each; warnings go to the log. `check_files=False` skips
+    the look for missing image files, `backend_args` (files elsewhere than on a local disk) does so, too. With
+    `test_mode` a file without annotations passes. Images without boxes are trained on as background unless `filter_cfg`
+    says `filter_empty_gt=True`.
     """
 
     def __init__(self, *args: Any, check_files: bool = True, **kwargs: Any) -> None:
-        # Set first: the base class loads the annotations in its constructor.
-        self.check_files = check_files
+        self.check_files = check_files  # first: the base class loads the annotations in its constructor
         super().__init__(*args, **kwargs)
 
     def load_data_list(self) -> list[dict[str, Any]]:
@@ -44,5 +43,4 @@ class CheckedCocoDataset(CocoDataset):
             if problem.severity == "warning":
                 print_log(f"{self.ann_file}: {problem}", logger="current", level=logging.WARNING)
         raise_for_problems(problems, source=self.ann_file)
-        data_list: list[dict[str, Any]] = super().load_data_list()
-        return data_list
+        return super().load_data_list()  # type: ignore[no-any-return]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from ..config import load_config
 from .checks import OTHER_COUNTS, CheckLevel, Problem, check_annotation_file, examples
 
 if TYPE_CHECKING:
@@ -25,20 +26,16 @@ def check_dataset(
     image_root: str | os.PathLike[str] | None = None,
     level: CheckLevel = "headers",
 ) -> list[Problem]:
-    """What would stop a training or silently spoil it, all at once; an empty list if nothing is wrong.
+    """Everything that would stop a training or silently spoil it, errors first.
 
     A config is checked as a whole: the annotation file, classes and images of every loader, `num_classes` of every
-    head, the evaluators' files, and whether they agree. Nothing is built and nothing is trained.
+    head, the evaluators' files, and whether they agree. Nothing is built.
 
     Args:
         source: a config (`.py` file or mmengine `Config`), or a COCO annotation file (`.json`).
-        classes: names that a COCO file is expected to have; a config has its own.
-        image_root: folder of a COCO file's images; a config has its own.
-        level: of the images, `"names"` looks whether they are there, `"headers"` at their sizes and formats as well,
-            `"pixels"` decodes them all.
-
-    Returns:
-        Problems, errors first; each has `severity`, `field`, `message` and `fix`.
+        classes, image_root: expected names, and folder of the images, of a COCO file; a config has its own.
+        level: `"names"` looks whether the images are there, `"headers"` at their sizes and formats as well, `"pixels"`
+            decodes them all.
 
     Raises:
         ValueError: an unknown `level`, a config that cannot be read, or arguments that a config does not take.
@@ -49,49 +46,31 @@ def check_dataset(
         return check_annotation_file(source, classes=classes, image_root=image_root, level=level)
     if classes is not None or image_root is not None:
         raise ValueError("classes and image_root are for a COCO .json file; a config names its own")
-    if isinstance(source, str | os.PathLike):
-        from mmengine.config import Config
-
-        if not Path(source).is_file():
-            raise ValueError(f"{os.fspath(source)}: no such file; expected a config (.py) or a COCO file (.json)")
-        try:
-            source = Config.fromfile(source)
-        except Exception as error:  # a config is a program: it fails in any way
-            raise ValueError(f"config {source}: cannot be read: {error}") from error
-    return check_config(source, level=level)
+    return check_config(load_config(source), level=level)
 
 
 @dataclass(frozen=True)
 class _Source:
     """One COCO data set of a config, its paths put together as mmengine does."""
 
-    field: str
-    """Such as `train_dataloader.dataset`."""
+    field: str  # such as `train_dataloader.dataset`
     ann_file: str
     classes: tuple[str, ...] | None
-    image_root: str | None
-    """None where the images are not to be looked at."""
+    image_root: str | None  # None: the images are not looked at
     need_boxes: bool
-    skip: bool
-    """Its files are remote or checked elsewhere."""
+    skip: bool  # its files are remote, or checked elsewhere
 
 
 def check_config(
     config: Mapping[str, Any], *, level: CheckLevel = "headers", trust_checked: bool = False
 ) -> list[Problem]:
-    """Everything in which a config and its data disagree, errors first; each problem names the config's field.
-
-    Args:
-        config: an mmengine `Config`, or its dict.
-        level: as in `check_dataset`.
-        trust_checked: do not read what `CheckedCocoDataset` reads and checks itself.
-    """
+    """As `check_dataset`, of a loaded config. `trust_checked`: skip the files that `CheckedCocoDataset` checks itself."""
     problems: list[Problem] = []
-    loaders = [(stage, loader) for stage in ("train", "val", "test") for loader in _list(config, f"{stage}_dataloader")]
     sources = [
         source
-        for stage, loader in loaders
-        for source in _sources(loader.get("dataset"), f"{stage}_dataloader.dataset", trust_checked, problems)
+        for name in ("train_dataloader", "val_dataloader", "test_dataloader")
+        for loader in _list(config, name)
+        for source in _sources(loader.get("dataset"), f"{name}.dataset", trust_checked, problems)
     ]
     seen = set()
     for source in sources:
@@ -104,7 +83,7 @@ def check_config(
 
 
 def _list(config: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
-    """The settings under `key`, of which there may be several or none."""
+    """The settings under `key`: none, one or several."""
     value = config.get(key)
     return [entry for entry in (value if isinstance(value, list | tuple) else [value]) if isinstance(entry, Mapping)]
 
@@ -120,15 +99,17 @@ def _sources(dataset: Any, field: str, trust: bool, problems: list[Problem]) -> 
                 yield from _sources(entry, f"{field}.{key}{index}", trust, problems)
         return
     kind, root = str(dataset.get("type", "")), str(dataset.get("data_root") or "")
-    if "Coco" not in kind:
-        message = f"{kind!r} is no COCO data set; it was not checked."
-        problems.append(Problem("warning", f"{field}.type", message, "check it by hand."))
-        return
+
     ann_file = os.path.join(root, str(dataset.get("ann_file") or ""))
     remote = dataset.get("backend_args") is not None or "://" in ann_file
-    if remote:
-        message = "the files are not on a local disk; they were not checked."
-        problems.append(Problem("warning", f"{field}.backend_args", message, "check a local copy."))
+    for key, applies, what in (
+        ("type", "Coco" not in kind, f"{kind!r} is no COCO data set; it was not checked."),
+        ("backend_args", remote, "the files are not on a local disk; they were not checked."),
+    ):
+        if applies:
+            problems.append(Problem("warning", f"{field}.{key}", what, "check it by hand, in a local copy."))
+    if "Coco" not in kind:
+        return
     images = os.path.join(root, str((dataset.get("data_prefix") or {}).get("img", "")))
     yield _Source(
         field,
@@ -166,11 +147,11 @@ def _source_problems(source: _Source, level: CheckLevel) -> Iterator[Problem]:
 
 
 def _disagreements(config: Mapping[str, Any], sources: Sequence[_Source]) -> Iterator[Problem]:
-    """Loaders or heads of other classes than the first loader's: labels are numbers, so scores would be of others."""
+    """Loaders or heads with other classes than the first loader's."""
     if not sources:
         return
-    first, *others = sources
-    for source in others:
+    first = sources[0]
+    for source in sources[1:]:
         if source.classes != first.classes:
             message = f"names {_names(source.classes)}, but {first.field} {_names(first.classes)}."
             fix = f"give every loader the same metainfo: `metainfo = dict(classes={first.classes!r})`."

@@ -1,4 +1,4 @@
-"""What the three backbones share: options of the attention, sizes of images, freezing, recomputation, layer depths."""
+"""What the three backbones share: attention options, image sizes, freezing, recomputation, layer depths."""
 
 from __future__ import annotations
 
@@ -23,24 +23,23 @@ _ATTN_FIELDS = tuple(field.name for field in dataclasses.fields(AttentionOptions
 
 
 class CastlingBackbone(BaseModule):
-    """A backbone whose blocks attend by `attention`. The arguments here are those that every backbone takes.
+    """A backbone whose blocks attend by `attention`. Every backbone takes the arguments below.
 
     A subclass fills the attributes, builds its attention layers with `self.options`, and calls `_freeze` at its end.
 
     Args:
-        attention: `"softmax"` (baseline), `"castling"` (hybrid while training) or `"linear"` (what is deployed).
-        attn_cfg: further options by name, the fields of `castling_det.layers.AttentionOptions` except `mode`, such as
-            `dict(threshold=1.0, threshold_unit="uniform")`. None: their defaults.
+        attention: `mode` of `castling_det.layers.AttentionOptions`.
+        attn_cfg: its other fields, such as `dict(threshold=1.0, threshold_unit="uniform")`.
         frozen_stages: -1 trains all; 0 freezes the stem; n freezes the first n stages too. A stage of `CastlingViT` is
             one block.
-        with_cp: recompute each block in backward to save memory (not re-entrant, so that it works under DDP).
+        with_cp: recompute each block in backward to save memory.
         pad_input: pad right and bottom with zeros to multiples of `size_divisor`. Better do that by
             `data_preprocessor=dict(pad_size_divisor=...)`, which tells the head about the padding.
         init_cfg: mmengine's; `dict(type="castling_det.Pretrained", checkpoint=FILE)` reads a published ImageNet file.
 
     Attributes:
-        out_channels: channels of each returned map. out_strides: stride of each in pixels.
-        size_divisor: sides of images are padded to multiples of it.
+        out_channels, out_strides: channels of each returned map, and its stride in pixels.
+        size_divisor: image sides must be multiples of it.
         stem_names: modules and parameters before the first stage.
     """
 
@@ -52,12 +51,12 @@ class CastlingBackbone(BaseModule):
     def __init__(
         self,
         attention: str,
-        attn_cfg: dict[str, Any] | None,
         *,
-        frozen_stages: int,
-        with_cp: bool,
-        pad_input: bool,
-        init_cfg: dict[str, Any] | None,
+        attn_cfg: dict[str, Any] | None = None,
+        frozen_stages: int = -1,
+        with_cp: bool = False,
+        pad_input: bool = False,
+        init_cfg: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(init_cfg=init_cfg)
         if attention not in ATTENTION_MODES:
@@ -72,7 +71,7 @@ class CastlingBackbone(BaseModule):
         self.pad_input = pad_input
 
     def train(self, mode: bool = True) -> CastlingBackbone:
-        """As in nn.Module; frozen stages stay in eval mode."""
+        """As in nn.Module, but frozen stages stay in eval mode."""
         super().train(mode)
         for part in self._frozen_parts():
             if isinstance(part, nn.Module):
@@ -80,33 +79,36 @@ class CastlingBackbone(BaseModule):
         return self
 
     def get_layer_depth(self, param_name: str, prefix: str = "") -> tuple[int, int]:
-        """The layer that a parameter belongs to, for layer-wise learning-rate decay.
+        """Layer id of a parameter, and the number of layers, for layer-wise learning-rate decay.
+
+        The stem has the id 0, each block the next one, and everything after the blocks the last.
 
         Args:
             param_name: full name, such as `backbone.blocks.3.attn.qkv.weight`.
-            prefix: what stands before this module's own names, such as `backbone.`.
-
-        Returns:
-            Layer id and number of layers: 0 for the stem, then one for each block, then the last for all that follows.
+            prefix: the part of it before this module's own names, such as `backbone.`.
         """
-        blocks = [name for name, module in self.named_modules() if _has_attention(module)]
-        last = len(blocks) + 1
         own = f"{param_name.removeprefix(prefix)}." if param_name.startswith(prefix) else ""
-        if own.startswith(tuple(f"{name}." for name in self.stem_names)):
-            return 0, last + 1
-        found = (index for index, name in enumerate(blocks, start=1) if own.startswith(f"{name}."))
-        return next(found, last), last + 1
+        blocks = [
+            name
+            for name, module in self.named_modules()
+            if any(isinstance(child, MaskedAttention) for child in module.children())
+        ]
+        layers = [self.stem_names, *((name,) for name in blocks)]
+        for depth, names in enumerate(layers):
+            if own.startswith(tuple(f"{name}." for name in names)):
+                return depth, len(layers) + 1
+        return len(layers), len(layers) + 1
 
     def _stages(self) -> Sequence[nn.Module]:
         return list(self.stages)
+
+    def _existing(self, *names: str) -> list[Any]:
+        return [getattr(self, name) for name in names if hasattr(self, name)]
 
     def _frozen_parts(self) -> list[nn.Module | nn.Parameter]:
         if self.frozen_stages < 0:
             return []
         return [*self._existing(*self.stem_names), *self._stages()[: self.frozen_stages]]
-
-    def _existing(self, *names: str) -> list[Any]:
-        return [getattr(self, name) for name in names if hasattr(self, name)]
 
     def _freeze(self) -> None:
         count = len(self._stages())
@@ -121,7 +123,6 @@ class CastlingBackbone(BaseModule):
         return block(*inputs)
 
     def _checked_or_padded(self, x: Tensor) -> Tensor:
-        """Images whose sides are multiples of `size_divisor`."""
         height, width = x.shape[-2:]
         divisor = self.size_divisor
         pad_h, pad_w = -height % divisor, -width % divisor
@@ -136,7 +137,7 @@ class CastlingBackbone(BaseModule):
 
 
 def init_linear_layers(module: nn.Module) -> None:
-    """Weights of all linear layers in `module` from a normal of 0.02, cut at two units; biases zero."""
+    """Truncated normal weights (standard deviation 0.02) and zero biases for all linear layers in `module`."""
     for part in module.modules():
         if isinstance(part, nn.Linear):
             nn.init.trunc_normal_(part.weight, std=0.02)
@@ -144,8 +145,14 @@ def init_linear_layers(module: nn.Module) -> None:
                 nn.init.zeros_(part.bias)
 
 
+def check_odd(name: str, kernel_size: int) -> None:
+    """Raises ValueError for an even or negative side of a kernel."""
+    if kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError(f"{name}={kernel_size}: expected an odd positive number, such as 5")
+
+
 def resolved_indices(out_indices: Sequence[int], count: int, *, lowest_last: int = 0) -> tuple[int, ...]:
-    """`out_indices` with negative ones counted from the last of `count` maps; the last must be >= `lowest_last`."""
+    """`out_indices` without negative ones, for `count` maps."""
     resolved = tuple(index + count if index < 0 else index for index in out_indices)
     ascending = bool(resolved) and list(resolved) == sorted(set(resolved))
     if not ascending or resolved[0] < 0 or not lowest_last <= resolved[-1] < count:
@@ -159,7 +166,7 @@ def resolved_indices(out_indices: Sequence[int], count: int, *, lowest_last: int
 def resolved_architecture(
     arch: str | Mapping[str, Any], known: Mapping[str, ArchT], kind: Callable[..., ArchT]
 ) -> ArchT:
-    """The architecture that `known` has under a name, or the one that a dict of the fields of `kind` describes."""
+    """An architecture by its name in `known`, or by a dict with the fields of `kind`."""
     if isinstance(arch, str) and arch in known:
         return known[arch]
     fields = ", ".join(inspect.signature(kind).parameters)
@@ -169,7 +176,3 @@ def resolved_architecture(
         return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in arch.items()})
     except TypeError as error:
         raise ValueError(f"arch={dict(arch)}: expected a dict of {fields}") from error
-
-
-def _has_attention(module: nn.Module) -> bool:
-    return any(isinstance(child, MaskedAttention) for child in module.children())

@@ -13,6 +13,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from castling_det.models.base import check_odd
 from castling_det.registry import MODELS
 
 __all__ = ["CSPPAN"]
@@ -23,17 +24,15 @@ class CSPPAN(BaseModule):
     """Brings all maps to C channels, mixes them top-down and bottom-up, and adds a level above if one is asked for.
 
     The extra level (stride 64 above 8, 16, 32) is the sum of two depthwise separable convolutions of stride 2, of the
-    topmost input and of the topmost output. A backbone with a map of stride 64 gives it as a fourth input, with
-    `num_outs=4`: then nothing is added and the network mixes all four.
+    topmost input and of the topmost output. With a fourth input of stride 64 and `num_outs=4` no level is added.
 
     Args:
-        in_channels: channels of each of the backbone's maps, finest first, each of twice the stride of the one before.
+        in_channels: channels of each of the backbone's maps, finest first, strides doubling.
         out_channels: channels C of every level, even; published: 96 (S), 128 (M), 160 (L).
         num_outs: number of levels: as many as there are maps, or one more.
         kernel_size: odd size of the depthwise kernels.
         num_csp_blocks: bottlenecks in each of the cross-stage blocks.
-        norm_cfg, act_cfg: mmcv's; None is the published one, BatchNorm with torch's defaults and hard swish.
-        init_cfg: mmengine's; None is the published Kaiming uniform initialisation.
+        norm_cfg, act_cfg, init_cfg: None is the published one: BatchNorm, hard swish, Kaiming uniform.
     """
 
     def __init__(
@@ -58,8 +57,7 @@ class CSPPAN(BaseModule):
             )
         if out_channels < 2 or out_channels % 2:
             raise ValueError(f"out_channels={out_channels}: expected an even number, such as 96")
-        if kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size={kernel_size}: expected an odd positive number, such as 5")
+        check_odd("kernel_size", kernel_size)
         super().__init__(
             init_cfg=init_cfg
             or dict(type="Kaiming", layer="Conv2d", a=0, distribution="uniform", mode="fan_in", nonlinearity="relu")
@@ -69,10 +67,19 @@ class CSPPAN(BaseModule):
         self.out_channels = out_channels
         self.num_outs = num_outs
 
-        mixer = partial(_CSPLayer, out_channels, kernel_size, num_csp_blocks, style)
-        downsample = partial(
-            DepthwiseSeparableConvModule, out_channels, out_channels, kernel_size, 2, kernel_size // 2, **style
-        )
+        separable = partial(DepthwiseSeparableConvModule, kernel_size=kernel_size, padding=kernel_size // 2, **style)
+        downsample = partial(separable, out_channels, out_channels, stride=2)
+
+        def mixer() -> CSPLayer:
+            """2 C channels to C; MMDetection's layer with depthwise bottlenecks, without identity."""
+            layer = CSPLayer(2 * out_channels, out_channels, num_blocks=0, **style)
+            half = out_channels // 2
+            blocks = (
+                nn.Sequential(ConvModule(half, half, 1, **style), separable(half, half)) for _ in range(num_csp_blocks)
+            )
+            layer.blocks = nn.Sequential(*blocks)
+            return layer
+
         self.reduce = nn.ModuleList(ConvModule(channels, out_channels, 1, **style) for channels in in_channels)
         self.top_down = nn.ModuleList(mixer() for _ in range(num_ins - 1))
         self.downsamples = nn.ModuleList(downsample() for _ in range(num_ins - 1))
@@ -100,20 +107,3 @@ class CSPPAN(BaseModule):
         if self.num_outs > len(inputs):
             outputs.append(self.extra_from_input(reduced[-1]) + self.extra_from_output(outputs[-1]))
         return tuple(outputs)
-
-
-class _CSPLayer(CSPLayer):
-    """MMDetection's cross-stage partial layer, 2 C channels to C; the bottlenecks are depthwise, without identity."""
-
-    def __init__(self, channels: int, kernel_size: int, num_blocks: int, style: dict[str, Any]) -> None:
-        super().__init__(2 * channels, channels, num_blocks=0, **style)
-        width = channels // 2
-        self.blocks = nn.Sequential(
-            *(
-                nn.Sequential(
-                    ConvModule(width, width, 1, **style),
-                    DepthwiseSeparableConvModule(width, width, kernel_size, padding=kernel_size // 2, **style),
-                )
-                for _ in range(num_blocks)
-            )
-        )

@@ -23,9 +23,8 @@ _DEFAULT_WEIGHTS = {"features": 1.0, "scores": 1.0, "boxes": 1.0}
 class DistilledSingleStage(SingleStageDetector):
     """MMDetection's `SingleStageDetector` (GFL, RetinaNet and RTMDet are subclasses that add nothing) with a teacher.
 
-    The teacher has the same backbone, neck and head with `attention="softmax"`, and its weights come from a checkpoint
-    of the softmax training. It is no submodule: parameters, EMA and checkpoints hold the student alone, under the plain
-    names. `tools/convert.py` makes a plain `SingleStageDetector` of the student.
+    The teacher has the same parts with `attention="softmax"`. It is no submodule: parameters, EMA and checkpoints hold
+    the student alone, under the plain names. `tools/convert.py` makes a plain `SingleStageDetector` of the student.
 
     Args:
         distillation: `checkpoint`, a file of the softmax training, and the weights of the losses `features` (maps of
@@ -46,9 +45,7 @@ class DistilledSingleStage(SingleStageDetector):
             )
         backbone = teacher["backbone"]
         if "attention" not in backbone:
-            raise ValueError(
-                "distillation: model.backbone has no `attention`, so there is no softmax version to learn from"
-            )
+            raise ValueError("distillation: model.backbone has no `attention`, so there is no softmax version of it")
         backbone.update(attention="softmax", init_cfg=None)
         (backbone.get("attn_cfg") or {}).pop("eval_aux", None)
         self._weights = weights
@@ -78,8 +75,8 @@ class DistilledSingleStage(SingleStageDetector):
             "scores": lambda: score_loss(own_scores, scores),
             "boxes": lambda: box_loss(own_boxes, boxes, scores, bins=bins),
         }
-        distilled = {name: weight * terms[name]() for name, weight in self._weights.items() if weight}
-        return losses | {f"loss_distill_{name}": loss for name, loss in distilled.items()}
+        used = {name: weight for name, weight in self._weights.items() if weight}
+        return losses | {f"loss_distill_{name}": weight * terms[name]() for name, weight in used.items()}
 
     def _loaded_teacher(self, device: torch.device) -> nn.Module:
         if not self._teacher:
@@ -113,11 +110,8 @@ def box_loss(
 ) -> Tensor:
     """Difference of the boxes (B, 4 * bins, H, W), weighted by the teacher's best score at each place.
 
-    Args:
-        student, teacher: outputs of the head's box branch.
-        teacher_scores: the teacher's logits, (B, classes, H, W).
-        bins: values of the distribution of each side, compared by Kullback-Leibler divergence. 0: the outputs are no
-            distributions and are compared by smooth L1.
+    Distributions of `bins` values a side are compared by Kullback-Leibler divergence, with `bins=0` boxes by smooth L1.
+    `teacher_scores` are logits (B, classes, H, W).
     """
     own, other, scores = flattened(student), flattened(teacher), flattened(teacher_scores).sigmoid()
     if bins and own.shape[-1] == 4 * bins:

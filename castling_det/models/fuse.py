@@ -19,14 +19,11 @@ _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
 
 def fuse_detector(model: nn.Module) -> None:
-    """Folds, in place, what is constant in prediction; parameters get other names.
+    """Folds norms and scales of a detector, or of a part of one, in place; parameters get other names.
 
-    - BatchNorm after a convolution or a linear layer: in LeViT, convolutional stems, and mmcv's `ConvModule`. A
+    - BatchNorm into the convolution or linear layer before it: in LeViT, convolutional stems and mmcv's `ConvModule`. A
       convolution that pyramid levels share, with a norm for each level, becomes one convolution for each level.
-    - The layer scale of a ViT block, into the last linear layer of its branch.
-
-    Args:
-        model: a detector or a part of one, in eval mode.
+    - The layer scale of a ViT block into the last linear layer of its branch.
 
     Raises:
         ValueError: a norm in training mode. Nothing is folded then.
@@ -44,8 +41,8 @@ def fuse_detector(model: nn.Module) -> None:
         if isinstance(part, ConvModule):
             _fuse_conv_module(part)
         elif isinstance(part, CastlingBlock):
-            for name, linear in (("ls1", part.attn.proj), ("ls2", part.mlp.fc2)):
-                _fuse_layer_scale(part, name, linear)
+            _fuse_layer_scale(part, "ls1", part.attn.proj)
+            _fuse_layer_scale(part, "ls2", part.mlp.fc2)
 
 
 def _folded(layer: Any, norm: Any) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -15,10 +16,10 @@ __all__ = ["ARCHITECTURES", "CastlingLeViT", "LeViTArchitecture"]
 
 
 class LeViTArchitecture(NamedTuple):
-    """Channels, heads and blocks of each stage, and the channels of a head's queries and keys in all of them.
+    """Channels, heads and blocks of each stage, and the width of a head's keys in all of them.
 
-    A head's values have twice as many. The attention that subsamples between stages has C / key_dim heads, C being the
-    channels of the stage before, and values four times as wide as keys.
+    Values are twice as wide. The attention between stages, which subsamples, has C / key_dim heads for the C channels
+    before it, and values four times as wide as keys.
     """
 
     embed_dims: tuple[int, ...]
@@ -36,32 +37,27 @@ ARCHITECTURES = {
 }
 
 _STEM_STRIDE = 16
-_SUBSAMPLING = 2
-_BLOCK_VALUES, _SUBSAMPLING_VALUES = 2.0, 4.0
 
 
 @MODELS.register_module()
 class CastlingLeViT(CastlingBackbone):
     """LeViT (arXiv 2104.01136) as a detector's backbone: strides 8, 16, 32 and 64, attention over the whole map.
 
-    The map of stride 8 is the third convolution of the stem, after its activation; the maps of strides 16, 32 and 64
-    are the outputs of the stages, residual sums without a norm. Images may have any size, and a map has
-    ceil(size / stride) rows and columns.
+    The map of stride 8 is the third convolution of the stem, after its activation; the others are the outputs of the
+    stages, residual sums without a norm. Images may have any size; maps have ceil(size / stride) rows and columns.
 
-    Weights of `attention="castling"` load strictly into `"linear"`; `"softmax"` (the baseline, equal to timm's Levit)
-    also has tables of position biases. `castling_det.layers.LevitAttention` says what stands in their place.
+    Weights of `attention="castling"` load strictly into `"linear"`; `"softmax"` (equal to timm's Levit) also has tables
+    of position biases. `castling_det.layers.LevitAttention` says what stands in their place.
 
     Args:
         arch: `"128S"`, `"128"`, `"192"`, `"256"`, `"384"`, or a dict with the fields of `LeViTArchitecture`.
-        attention, attn_cfg, frozen_stages, with_cp, pad_input, init_cfg: see `CastlingBackbone`. LeViT files of timm
-            and of its authors can be loaded.
-        img_size: side in pixels of the square images that the biases of `"softmax"` are kept for; they are interpolated
-            for other sizes. LeViT is pre-trained at 224.
+        img_size: side in pixels of the square images of `"softmax"`'s biases; interpolated for other sizes.
         in_channels: channels of the image.
         mlp_ratio: hidden width of the MLPs over the channels.
         out_indices: which of the strides 8, 16, 32 and 64 are returned, ascending; negative ones count from the last.
             Stages after the last of them are not built, so it must be one of the stages.
         drop_path_rate: stochastic depth of every residual branch, in [0, 1); LeViT-384 is pre-trained with 0.1.
+        attention, shared: see `CastlingBackbone`. LeViT files of timm and of its authors can be loaded.
     """
 
     stem_names = ("stem",)
@@ -71,20 +67,14 @@ class CastlingLeViT(CastlingBackbone):
         arch: str | dict[str, Any] = "128S",
         *,
         attention: str = "castling",
-        attn_cfg: dict[str, Any] | None = None,
         img_size: int = 224,
         in_channels: int = 3,
         mlp_ratio: float = 2.0,
         out_indices: Sequence[int] = (0, 1, 2, 3),
         drop_path_rate: float = 0.0,
-        frozen_stages: int = -1,
-        with_cp: bool = False,
-        pad_input: bool = False,
-        init_cfg: dict[str, Any] | None = None,
+        **shared: Any,
     ) -> None:
-        super().__init__(
-            attention, attn_cfg, frozen_stages=frozen_stages, with_cp=with_cp, pad_input=pad_input, init_cfg=init_cfg
-        )
+        super().__init__(attention, **shared)
         architecture = resolved_architecture(arch, ARCHITECTURES, LeViTArchitecture)
         _check_architecture(architecture)
         dims, heads, depths, key_dim = architecture
@@ -92,10 +82,10 @@ class CastlingLeViT(CastlingBackbone):
         if img_size < _STEM_STRIDE:
             raise ValueError(f"img_size={img_size}: expected at least {_STEM_STRIDE} pixels, such as 224")
         self.out_channels = [[dims[0] // 2, *dims][index] for index in self.out_indices]
-        self.out_strides = [_STEM_STRIDE // 2 * _SUBSAMPLING**index for index in self.out_indices]
+        self.out_strides = [_STEM_STRIDE // 2 * 2**index for index in self.out_indices]
         self.size_divisor = self.out_strides[-1]
 
-        options: dict[str, Any] = dict(key_dim=key_dim, options=self.options)
+        attention_of = partial(LevitAttention, key_dim=key_dim, options=self.options)
         branches: dict[str, Any] = dict(mlp_ratio=mlp_ratio, drop_path=drop_path_rate)
         self.stem = LevitStem(in_channels, dims[0])
         self.stages = nn.ModuleList()
@@ -103,22 +93,17 @@ class CastlingLeViT(CastlingBackbone):
         for stage, dim in enumerate(dims[: self.out_indices[-1]]):
             downsample = None
             if stage:
-                attn = LevitAttention(
-                    dims[stage - 1],
-                    dim,
-                    num_heads=dims[stage - 1] // key_dim,
-                    attn_ratio=_SUBSAMPLING_VALUES,
-                    query_stride=_SUBSAMPLING,
-                    resolution=resolution,
-                    **options,
+                before = dims[stage - 1]
+                attn = attention_of(
+                    before, dim, num_heads=before // key_dim, attn_ratio=4.0, query_stride=2, resolution=resolution
                 )
                 downsample = LevitDownsample(attn, dim, **branches)
-                resolution = -(-resolution // _SUBSAMPLING)
-            sizes: dict[str, Any] = dict(num_heads=heads[stage], attn_ratio=_BLOCK_VALUES, resolution=resolution)
-            blocks = [
-                LevitBlock(LevitAttention(dim, dim, **sizes, **options), **branches) for _ in range(depths[stage])
-            ]
-            self.stages.append(LevitStage(downsample, blocks, with_cp=with_cp))
+                resolution = -(-resolution // 2)
+            blocks = []
+            for _ in range(depths[stage]):
+                attn = attention_of(dim, dim, num_heads=heads[stage], attn_ratio=2.0, resolution=resolution)
+                blocks.append(LevitBlock(attn, **branches))
+            self.stages.append(LevitStage(downsample, blocks, with_cp=self.with_cp))
         self._freeze()
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:

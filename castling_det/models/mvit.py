@@ -40,24 +40,23 @@ PATCH_STRIDE = 4
 class CastlingMViT(CastlingBackbone):
     """Multiscale vision transformer v2 (arXiv 2112.01526) as a detector's backbone: strides 4, 8, 16 and 32.
 
-    Attention is over the whole map, between pooled queries, keys and values, with residual pooling; there are no
-    windows. Each map that is returned passes a LayerNorm. Weights of `attention="castling"` load strictly into
-    `"linear"`; `"softmax"` (the baseline, equal to timm's MViTv2) also has tables of relative positions.
+    Attention is over the whole map, between pooled queries, keys and values, with residual pooling. Each returned map
+    passes a LayerNorm; these norms train even where all stages are frozen. Weights of `attention="castling"` load
+    strictly into `"linear"`; `"softmax"` (equal to timm's MViTv2) also has tables of relative positions.
 
     Args:
         arch: `"tiny"`, `"small"`, `"base"`, or a dict with the fields of `MViTArchitecture`.
-        attention, attn_cfg, frozen_stages, with_cp, pad_input, init_cfg: see `CastlingBackbone`. MViTv2 files can be
-            loaded. Output norms train even where all stages are frozen: a classifier's weights have only the last one.
         kv_pooling: pool keys and values by MViTv2's strides. False: they keep the queries' grid, so that the linear
             branch is the published formula in every block, at a cost that is linear in the tokens.
-        img_size: side, or (height, width), in pixels of the images that the relative positions of `"softmax"` are kept
-            for, multiples of the last stride; they are interpolated for other sizes.
+        img_size: side, or (height, width), in pixels of the images of `"softmax"`'s relative positions, multiples of
+            the last stride; interpolated for other sizes.
         in_channels: channels of the image.
         mlp_ratio: hidden width of the MLPs over the channels.
         qkv_bias: whether q, k, v have a bias.
         out_indices: stages whose output is returned, ascending; negative ones count from the last. Stages after the
             last of them are not built.
         drop_path_rate: stochastic depth of the last block, growing linearly from 0, in [0, 1).
+        attention, shared: see `CastlingBackbone`. MViTv2 files can be loaded.
     """
 
     stem_names = ("patch_embed",)
@@ -67,7 +66,6 @@ class CastlingMViT(CastlingBackbone):
         arch: str | dict[str, Any] = "tiny",
         *,
         attention: str = "castling",
-        attn_cfg: dict[str, Any] | None = None,
         kv_pooling: bool = True,
         img_size: int | tuple[int, int] = 224,
         in_channels: int = 3,
@@ -75,14 +73,9 @@ class CastlingMViT(CastlingBackbone):
         qkv_bias: bool = True,
         out_indices: Sequence[int] = (0, 1, 2, 3),
         drop_path_rate: float = 0.0,
-        frozen_stages: int = -1,
-        with_cp: bool = False,
-        pad_input: bool = False,
-        init_cfg: dict[str, Any] | None = None,
+        **shared: Any,
     ) -> None:
-        super().__init__(
-            attention, attn_cfg, frozen_stages=frozen_stages, with_cp=with_cp, pad_input=pad_input, init_cfg=init_cfg
-        )
+        super().__init__(attention, **shared)
         architecture = resolved_architecture(arch, ARCHITECTURES, MViTArchitecture)
         depths, embed_dims, num_heads, stride_kv = architecture
         if not depths or min(depths) < 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from mmdet.utils import reduce_mean
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
+from castling_det.models.base import check_odd
 from castling_det.registry import MODELS
 
 __all__ = ["PicoHead", "flattened"]
@@ -28,8 +30,7 @@ class PicoHead(GFLHead):
     of its box; GIoU and distribution focal loss of the positives are weighted by their highest score.
 
     Args:
-        num_classes: classes K, background not counted.
-        in_channels: channels of the maps.
+        num_classes, in_channels: classes K without the background, and channels of the maps.
         feat_channels: channels of the towers; published: 96 (S), 128 (M), 160 (L).
         stacked_convs: depthwise separable convolutions in a tower; published: 2 (S), 4 (M, L).
         kernel_size: odd size of the depthwise kernels.
@@ -37,12 +38,9 @@ class PicoHead(GFLHead):
         strides: of the levels in pixels.
         cell_offset: place of the point in its cell, in strides.
         reg_max: largest distance in strides; the distributions have one bin more.
-        norm_cfg, act_cfg: mmcv's; None is the published one, BatchNorm with torch's defaults and hard swish.
-        loss_cls, loss_dfl, loss_bbox: None is the published one, varifocal with weight 1, distribution focal with
-            weight 0.25, GIoU with weight 2.
+        norm_cfg, act_cfg, loss_cls, loss_dfl, loss_bbox, init_cfg: None is the published one, as written below.
         train_cfg: `assigner`, one that assigns from `scores` and `bboxes`; published: `VarifocalSimOTAAssigner`.
         test_cfg: MMDetection's of a dense head.
-        init_cfg: mmengine's; None is the published one: normal of 0.01, and scores that start at 0.01.
     """
 
     def __init__(
@@ -68,14 +66,14 @@ class PicoHead(GFLHead):
     ) -> None:
         if stacked_convs < 1:
             raise ValueError(f"stacked_convs={stacked_convs}: expected at least 1; published: 2 (S) or 4 (M, L)")
-        if kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size={kernel_size}: expected an odd positive number, such as 5")
+        check_odd("kernel_size", kernel_size)
         if reg_max < 1:
             raise ValueError(f"reg_max={reg_max}: expected at least 1 stride; published: 7")
         # The parent builds the layers in its constructor.
         self.kernel_size = kernel_size
         self.share_cls_reg = share_cls_reg
         self.act_cfg = act_cfg or dict(type="HSwish")
+        scores_start_low = dict(type="Normal", name="gfl_cls", std=0.01, bias_prob=0.01)
         super().__init__(
             num_classes,
             in_channels,
@@ -89,13 +87,7 @@ class PicoHead(GFLHead):
             loss_bbox=loss_bbox or dict(type="GIoULoss", loss_weight=2.0),
             train_cfg=train_cfg,
             test_cfg=test_cfg,
-            init_cfg=init_cfg
-            or dict(
-                type="Normal",
-                layer="Conv2d",
-                std=0.01,
-                override=dict(type="Normal", name="gfl_cls", std=0.01, bias_prob=0.01),
-            ),
+            init_cfg=init_cfg or dict(type="Normal", layer="Conv2d", std=0.01, override=scores_start_low),
         )
 
     def _init_layers(self) -> None:
@@ -109,18 +101,10 @@ class PicoHead(GFLHead):
             self.gfl_reg = nn.ModuleList(nn.Conv2d(self.feat_channels, sides, 1) for _ in levels)
 
     def _tower(self) -> nn.Sequential:
+        widths = [self.in_channels] + [self.feat_channels] * self.stacked_convs
+        style: dict[str, Any] = dict(padding=self.kernel_size // 2, norm_cfg=self.norm_cfg, act_cfg=self.act_cfg)
         return nn.Sequential(
-            *(
-                DepthwiseSeparableConvModule(
-                    self.feat_channels if index else self.in_channels,
-                    self.feat_channels,
-                    self.kernel_size,
-                    padding=self.kernel_size // 2,
-                    norm_cfg=self.norm_cfg,
-                    act_cfg=self.act_cfg,
-                )
-                for index in range(self.stacked_convs)
-            )
+            *(DepthwiseSeparableConvModule(*pair, self.kernel_size, **style) for pair in pairwise(widths))
         )
 
     def forward(self, x: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -143,7 +127,8 @@ class PicoHead(GFLHead):
             score, box = score.split([self.cls_out_channels, 4 * (self.reg_max + 1)], dim=1)
         else:
             box = self.gfl_reg[level](self.reg_convs[level](x))
-        return _at_least_float32(score), _at_least_float32(box)
+        dtype = torch.promote_types(score.dtype, torch.float32)
+        return score.to(dtype), box.to(dtype)
 
     def anchor_center(self, anchors: Tensor) -> Tensor:
         """The priors are points already, (N, 2); `GFLHead`'s prediction asks for their centres."""
@@ -157,18 +142,14 @@ class PicoHead(GFLHead):
         batch_img_metas: Sequence[dict[str, Any]],
         batch_gt_instances_ignore: Sequence[InstanceData] | None = None,
     ) -> dict[str, Tensor]:
-        """The three losses of a batch, 0-d. Image metas and ignored boxes are not used, as published.
+        """The three losses, 0-d, from the outputs of `forward` and each image's `bboxes` (G, 4) in pixels and `labels`.
 
-        Args:
-            cls_scores, bbox_preds: outputs of `forward`.
-            batch_gt_instances: `bboxes` (G, 4) in pixels and `labels` (G,) of each image.
+        Image metas and ignored boxes are not used, as published.
         """
         logits, distributions = flattened(cls_scores), flattened(bbox_preds)
         sizes = [score.shape[-2:] for score in cls_scores]
-        priors = self.prior_generator.grid_priors(
-            sizes, dtype=distributions.dtype, device=distributions.device, with_stride=True
-        )
-        priors = torch.cat(priors)
+        place = dict(dtype=distributions.dtype, device=distributions.device)
+        priors = torch.cat(self.prior_generator.grid_priors(sizes, **place, with_stride=True))
         strides = priors[:, 2:3]
         # In strides, as published: the eps of the IoUs is relative to this unit.
         points = (priors[:, :2] / strides).expand(len(logits), -1, -1)
@@ -215,7 +196,3 @@ class PicoHead(GFLHead):
 def flattened(maps: Sequence[Tensor]) -> Tensor:
     """Maps (B, C, H, W) of all levels as one tensor (B, places, C), each level in raster order."""
     return torch.cat([x.flatten(2).transpose(1, 2) for x in maps], dim=1)
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

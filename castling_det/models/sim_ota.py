@@ -12,8 +12,7 @@ from castling_det.registry import TASK_UTILS
 
 __all__ = ["VarifocalSimOTAAssigner", "varifocal_costs"]
 
-_LOWEST_LOG = -100.0
-"""As torch's binary cross entropy of probabilities clamps its logarithms."""
+_LOWEST_LOG = -100.0  # torch's binary cross entropy clamps at it, too
 
 
 @TASK_UTILS.register_module()
@@ -45,20 +44,13 @@ class VarifocalSimOTAAssigner(SimOTAAssigner):
         self.gamma = gamma
 
     def assign(
-        self,
-        pred_instances: InstanceData,
-        gt_instances: InstanceData,
-        gt_instances_ignore: InstanceData | None = None,
+        self, pred_instances: InstanceData, gt_instances: InstanceData, gt_instances_ignore: InstanceData | None = None
     ) -> AssignResult:
-        """Picks the priors of each box of an image.
+        """Picks the priors of each box of an image; `gt_instances_ignore` is not used, as published.
 
         Args:
             pred_instances: `priors` (P, 4), centre and stride in pixels, `bboxes` (P, 4) and `scores` (P, K) in [0, 1].
             gt_instances: `bboxes` (G, 4) and `labels` (G,).
-            gt_instances_ignore: not used, as published.
-
-        Returns:
-            `gt_inds` (P,): 0 for background, else one more than the index of the box; `labels` -1 for background.
         """
         boxes, priors = pred_instances.bboxes, pred_instances.priors
         truth, classes = gt_instances.bboxes, gt_instances.labels
@@ -84,14 +76,8 @@ class VarifocalSimOTAAssigner(SimOTAAssigner):
 def varifocal_costs(scores: Tensor, labels: Tensor, ious: Tensor, *, alpha: float, gamma: float) -> Tensor:
     """Varifocal loss, summed over classes, of every prior if it were matched with every box.
 
-    The target is the IoU at the box's class and zero elsewhere; with an IoU of zero that class is a negative too.
-
-    Args:
-        scores: probabilities, (P, K). labels: class of each box, (G,). ious: (P, G).
-        alpha: weight of the negatives. gamma: exponent of their focal weight.
-
-    Returns:
-        (P, G). No tensor of (P, G, K) is made.
+    Maps probabilities (P, K), classes of the boxes (G,) and IoUs (P, G) to (P, G), without a tensor of (P, G, K). The
+    target is the IoU at the box's class and zero elsewhere; with an IoU of zero that class is a negative too.
     """
     log_p, log_not_p = scores.log().clamp(min=_LOWEST_LOG), torch.log1p(-scores).clamp(min=_LOWEST_LOG)
     negative = -alpha * scores.pow(gamma) * log_not_p

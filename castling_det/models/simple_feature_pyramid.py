@@ -27,12 +27,9 @@ class SimpleFeaturePyramid(BaseModule):
     Strides beyond twice the input's subsample the level before them (ViTDet's P6), without parameters.
 
     Args:
-        in_channels: channels of the backbone's map.
-        out_channels: channels of every level.
-        in_stride: stride of the backbone's map in pixels.
-        out_strides: strides of the levels in pixels, ascending powers of two times or parts of `in_stride`.
+        in_channels, in_stride: channels of the backbone's map, and its stride in pixels.
+        out_channels, out_strides: channels of every level, and their strides, `in_stride` times powers of two.
         in_index: which of the backbone's maps is read.
-        init_cfg: mmengine's.
     """
 
     def __init__(
@@ -48,7 +45,6 @@ class SimpleFeaturePyramid(BaseModule):
         super().__init__(init_cfg=init_cfg)
         _check_strides(in_stride, out_strides)
         self.in_index = in_index
-        self.in_stride = in_stride
         self.out_strides = tuple(out_strides)
         self.levels = nn.ModuleList(
             _level(in_channels, out_channels, in_stride, stride) for stride in out_strides if stride <= 2 * in_stride

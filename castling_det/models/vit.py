@@ -25,13 +25,8 @@ class CastlingViT(CastlingBackbone):
     The same parameters serve every `attention`: a state dict of one mode loads strictly into another.
 
     Args:
-        embed_dims: channels C of the tokens.
-        depth: number of blocks.
-        num_heads: heads, dividing `embed_dims`.
-        attention, attn_cfg, frozen_stages, with_cp, pad_input, init_cfg: see `CastlingBackbone`. timm, DeiT and DINOv2
-            files can be loaded.
-        img_size: side, or (height, width), in pixels of the images that `pos_embed` has one vector a token for; it is
-            interpolated for other sizes.
+        embed_dims, depth, num_heads: channels of the tokens, blocks, and heads, which divide the channels.
+        img_size: side, or (height, width), in pixels, that `pos_embed` is made for; interpolated for other sizes.
         patch_size: stride of the tokens in pixels; with `stem="conv"` a power of two, 8 or 16.
         stem: `"patch"` (one convolution of kernel = stride) or `"conv"` (3x3 convolutions of stride 2).
         in_channels: channels of the image.
@@ -40,13 +35,13 @@ class CastlingViT(CastlingBackbone):
         with_cls_token: prepend a class token. It joins the attention and is dropped from the features.
         num_reg_tokens: further tokens of this kind (DINOv2's registers).
         init_values: initial layer scale (DINOv2: 1e-5), or None for none.
-        window_size: side in tokens of the windows that `"softmax"` attends in (ViTDet: 14), a second baseline; 0: whole
-            map. Linear attention needs no windows and takes none.
-        global_indices: blocks that attend over the whole map in spite of windows (ViTDet of 12 blocks: 2, 5, 8, 11).
-        final_norm: LayerNorm on every feature map that is returned.
+        window_size: side in tokens of ViTDet's windows (14), for `"softmax"` alone, a second baseline. 0: whole map.
+        global_indices: blocks without windows (ViTDet of 12 blocks: 2, 5, 8, 11).
+        final_norm: LayerNorm on every returned map.
         out_indices: blocks whose output is returned, ascending; negative ones count from the last.
         drop_rate: dropout after the position embedding, the projections and in the MLPs, in [0, 1).
         drop_path_rate: stochastic depth of the last block, growing linearly from 0, in [0, 1).
+        attention, shared: see `CastlingBackbone`. timm, DeiT and DINOv2 files can be loaded.
     """
 
     stem_names = ("stem", "patch_embed", "pos_embed", "cls_token", "reg_token", "pos_drop")
@@ -58,7 +53,6 @@ class CastlingViT(CastlingBackbone):
         depth: int = 12,
         num_heads: int = 6,
         attention: str = "castling",
-        attn_cfg: dict[str, Any] | None = None,
         img_size: int | tuple[int, int] = 224,
         patch_size: int = 16,
         stem: str = "patch",
@@ -74,14 +68,9 @@ class CastlingViT(CastlingBackbone):
         out_indices: Sequence[int] = (-1,),
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
-        frozen_stages: int = -1,
-        with_cp: bool = False,
-        pad_input: bool = False,
-        init_cfg: dict[str, Any] | None = None,
+        **shared: Any,
     ) -> None:
-        super().__init__(
-            attention, attn_cfg, frozen_stages=frozen_stages, with_cp=with_cp, pad_input=pad_input, init_cfg=init_cfg
-        )
+        super().__init__(attention, **shared)
         if stem not in STEMS:
             raise ValueError(f"stem={stem!r}: expected one of {', '.join(map(repr, STEMS))}")
         if window_size and attention != "softmax":

@@ -11,7 +11,8 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-from castling_det.datasets.check_dataset import check_dataset
+
+from castling_det import check_dataset
 
 from .converters import engraving, scores
 

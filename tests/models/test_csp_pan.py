@@ -11,31 +11,30 @@ from torch.nn import functional as F
 
 from castling_det.models import CSPPAN
 from tests.compare import assert_parity, errors
-from tests.models.backbones import randomised
+from tests.models.backbones import randomised, weighted_sum
 
 # PaddleDetection, configs/picodet/_base_/picodet_esnet.yml and legacy_model/picodet_{s,m,l}_*: ESNet's channels at
 # strides 8, 16, 32; CSPPAN.out_channels.
 PUBLISHED = {"s": ((96, 192, 384), 96), "m": ((128, 256, 512), 128), "l": ((160, 320, 640), 160)}
 
 
-def conv_bn(channels, width, kernel_size=1, groups=1):
-    """Parameters of a convolution without bias, with BatchNorm."""
-    return channels // groups * width * kernel_size**2 + 2 * width
+def conv_bn(channels, width):
+    """Parameters of a 1x1 convolution without bias, with BatchNorm."""
+    return channels * width + 2 * width
 
 
-def separable(width, kernel_size=5):
-    return conv_bn(width, width, kernel_size, groups=width) + conv_bn(width, width)
-
-
-def cross_stage(width):
-    """2 C to C: main and short branch of C / 2, a bottleneck of 1x1 and depthwise separable 5x5, the last 1x1."""
-    half = width // 2
-    return 2 * conv_bn(2 * width, half) + conv_bn(half, half) + separable(half) + conv_bn(width, width)
+def separable(width):
+    return 25 * width + 2 * width + conv_bn(width, width)
 
 
 def neck_params(in_channels, width):
-    """Three 1x1, four cross-stage layers, two convolutions down, two for the extra level."""
-    return sum(conv_bn(channels, width) for channels in in_channels) + 4 * cross_stage(width) + 4 * separable(width)
+    """Three 1x1, four cross-stage layers, two convolutions down, two for the extra level.
+
+    A cross-stage layer, 2 C to C: two branches of C / 2, a bottleneck of 1x1 and depthwise separable 5x5, the last 1x1.
+    """
+    half = width // 2
+    cross_stage = 2 * conv_bn(2 * width, half) + conv_bn(half, half) + separable(half) + conv_bn(width, width)
+    return sum(conv_bn(channels, width) for channels in in_channels) + 4 * cross_stage + 4 * separable(width)
 
 
 def small(**options):
@@ -58,10 +57,9 @@ def oracle(neck, inputs, extra_from_the_lateral=True):
     def conv(name, x, stride=1):
         weight = state[f"{name}.conv.weight"]
         x = F.conv2d(x, weight, None, stride, weight.shape[-1] // 2, groups=x.shape[1] // weight.shape[1])
-        bn = {
-            key: state[f"{name}.bn.{key}"][:, None, None] for key in ("weight", "bias", "running_mean", "running_var")
-        }
-        x = (x - bn["running_mean"]) / (bn["running_var"] + 1e-5).sqrt() * bn["weight"] + bn["bias"]
+        keys = ("running_mean", "running_var", "weight", "bias")
+        mean, variance, scale, shift = (state[f"{name}.bn.{key}"][:, None, None] for key in keys)
+        x = (x - mean) / (variance + 1e-5).sqrt() * scale + shift
         return x * (x + 3).clamp(0, 6) / 6
 
     def depthwise(name, x, stride=1):
@@ -95,33 +93,27 @@ def test_outputs_and_gradients_are_those_of_the_published_layers():
     neck = randomised(small().double()).eval()
     inputs = [x.requires_grad_() for x in maps((64, 128))]
     actual, expected = neck(inputs), oracle(neck, inputs)
-    weights = [torch.randn_like(x) for x in expected]
     for level, pair in enumerate(zip(actual, expected, strict=True)):
         assert_parity(*pair, rms=1e-12, maximum=1e-11, what=f"level {level}")
     parameters = dict(neck.named_parameters())
-    gradients = [
-        torch.autograd.grad(
-            sum((x * w).sum() for x, w in zip(out, weights, strict=True)), [*inputs, *parameters.values()]
-        )
-        for out in (actual, expected)
-    ]
+    leaves = [*inputs, *parameters.values()]
+    gradients = [torch.autograd.grad(weighted_sum(out), leaves) for out in (actual, expected)]
     for name, *pair in zip([*"012", *parameters], *gradients, strict=True):
         assert_parity(*pair, rms=1e-11, maximum=1e-10, what=f"gradient of {name}")
     assert errors(oracle(neck, inputs, extra_from_the_lateral=False)[3], expected[3])[0] > 1e-2
 
 
 @pytest.mark.parametrize("num_outs", [3, 4])
-@pytest.mark.parametrize("size", [(320, 320), (416, 416), (96, 160), (100, 420)], ids=str)
+@pytest.mark.parametrize("size", [(416, 416), (100, 420)], ids=str)
 def test_levels_of_any_size(size, num_outs):
     outputs = small(num_outs=num_outs).eval()(maps(size, dtype=torch.float32))
     sides = [[math.ceil(side / stride) for side in size] for stride in (8, 16, 32, 64)[:num_outs]]
     assert [list(x.shape) for x in outputs] == [[2, 8, *hw] for hw in sides]
 
 
-@pytest.mark.parametrize("size", [(256, 192), (416, 416)], ids=str)
-def test_a_backbone_with_a_map_of_stride_64_gives_it_itself(size):
+def test_a_backbone_with_a_map_of_stride_64_gives_it_itself():
     neck = small(in_channels=(6, 10, 14, 18), num_outs=4)
-    inputs = maps(size, (6, 10, 14, 18), dtype=torch.float32)
+    inputs = maps((416, 416), (6, 10, 14, 18), dtype=torch.float32)
     outputs = neck(inputs)
     assert [x.shape[-2:] for x in outputs] == [x.shape[-2:] for x in inputs]
     assert not any("extra" in name for name, _ in neck.named_modules())
@@ -130,15 +122,11 @@ def test_a_backbone_with_a_map_of_stride_64_gives_it_itself(size):
     assert all(layer.conv.weight.grad.abs().max() > 0 for layer in neck.reduce)
 
 
-@pytest.mark.parametrize(
-    "options", [{}, dict(num_csp_blocks=2, kernel_size=3, act_cfg=dict(type="LeakyReLU"))], ids=str
-)
-def test_every_parameter_receives_a_gradient(options):
-    neck = randomised(small(**options).double()).train()
-    sum((x * torch.randn_like(x)).sum() for x in neck(maps((128, 192)))).backward()
+def test_every_parameter_receives_a_gradient():
+    neck = randomised(small(num_csp_blocks=2, kernel_size=3, act_cfg=dict(type="LeakyReLU")).double()).train()
+    weighted_sum(neck(maps((128, 192)))).backward()
     for name, parameter in neck.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
-        assert parameter.grad.isfinite().all(), name
 
 
 def test_convolutions_start_uniform():
@@ -158,13 +146,9 @@ def test_convolutions_start_uniform():
         (dict(num_outs=5), r"num_outs=5: expected the number of maps, 3, or one more"),
         (dict(out_channels=9), r"out_channels=9: expected an even number"),
         (dict(kernel_size=4), r"kernel_size=4: expected an odd positive number"),
+        ({}, r"inputs: expected 3 maps, .* got 2"),
     ],
 )
 def test_errors_name_the_field(options, message):
     with pytest.raises(ValueError, match=message):
-        small(**options)
-
-
-def test_another_number_of_maps_fails():
-    with pytest.raises(ValueError, match=r"inputs: expected 3 maps, .* got 2"):
-        small()(maps((64, 64), (6, 10), dtype=torch.float32))
+        small(**options)(maps((64, 64), (6, 10), dtype=torch.float32))

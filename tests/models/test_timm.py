@@ -89,25 +89,22 @@ def test_levit_trains_like_timm():
         torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-9, atol=1e-12, msg=name)
 
 
-@pytest.mark.parametrize("attention", ["softmax", "linear", "castling"])
+@pytest.mark.parametrize("attention", ["softmax", "castling"])
 def test_levit_starts_as_the_authors_do(attention):
     """Residual branches start as nothing, and so does the convolution beside softmax."""
     for name, parameter in small("levit", attention).named_parameters():
-        if name.endswith((".mlp.ln2.bn.weight", ".attn.proj.ln.bn.weight")):
-            assert (parameter == 0).all(), name
-        elif name.endswith("bn.weight"):
-            assert (parameter == 1).all(), name
+        if name.endswith("bn.weight"):
+            start = 0 if name.endswith((".mlp.ln2.bn.weight", ".attn.proj.ln.bn.weight")) else 1
+            assert (parameter == start).all(), name
         if name.endswith(".dconv.weight"):
             assert (parameter == 0).all() == (attention == "softmax")
 
 
-@pytest.mark.parametrize(
-    ("arch", "published"), [("128S", 305), ("128", 406), ("192", 658), ("256", 1120), ("384", 2353)]
-)
+@pytest.mark.parametrize(("arch", "published"), [("128S", 305), ("384", 2353)])
 def test_levits_cost_at_224_is_the_published_one(arch, published):
     """LeViT's table counts exponentials as well and the classifiers, ours the local convolutions: within 3 percent."""
-    records = count_macs(CastlingLeViT(arch, attention="softmax"), image(224, 224, batch=1))
-    assert abs(sum(sum(record.macs.values()) for record in records) / (published * 1e6) - 1) < 0.03
+    found = count_macs(CastlingLeViT(arch, attention="softmax"), image(224, 224, batch=1))
+    assert abs(found.macs / (published * 1e6) - 1) < 0.03
 
 
 def mvit(img_size, **options):
@@ -137,21 +134,7 @@ def assert_maps_equal(actual, expected):
         assert_parity(*pair, rms=1e-12, maximum=1e-11)
 
 
-@torch.no_grad()
-def test_mvitv2_tiny_equals_timm():
-    model = randomised(timm.create_model("mvitv2_tiny", pretrained=False, num_classes=3).double().eval())
-    backbone = CastlingMViT("tiny", attention="softmax", attn_cfg=dict(local_conv=None)).double()
-    randomised(backbone, seed=3).eval()
-    load_mvit(backbone, model)
-    x = image(224, 224, batch=1, dtype=torch.float64)
-    expected = mvit_maps(model, backbone, x)
-    assert_maps_equal(backbone(x), expected)
-    wrong = backbone.stages[2]["blocks"][1].attn
-    wrong.rel_pos_h, wrong.rel_pos_w = wrong.rel_pos_w, wrong.rel_pos_h
-    assert errors(backbone(x)[3], expected[3])[0] > 1e-6
-
-
-@pytest.mark.parametrize("name", ["mvitv2_small", "mvitv2_base"])
+@pytest.mark.parametrize("name", ["mvitv2_tiny", "mvitv2_small", "mvitv2_base"])
 def test_mvits_architectures_are_timms(name):
     with torch.device("meta"):
         model = timm.create_model(name, pretrained=False, num_classes=0)
@@ -175,6 +158,10 @@ def test_mvits_outputs_and_gradients_equal_timms():
     x = image(64, 64, dtype=torch.float64).requires_grad_()
     actual, expected = backbone(x), mvit_maps(model, backbone, x)
     assert_maps_equal(actual, expected)
+    wrong = backbone.stages[2]["blocks"][1].attn
+    wrong.rel_pos_h, wrong.rel_pos_w = wrong.rel_pos_w, wrong.rel_pos_h
+    assert errors(backbone(x)[3], expected[3])[0] > 1e-6
+    wrong.rel_pos_h, wrong.rel_pos_w = wrong.rel_pos_w, wrong.rel_pos_h
     gradients = []
     for maps, owner in ((actual, backbone), (expected, model)):
         blocks = {k: v for k, v in owner.named_parameters() if k.startswith(("stages", "patch")) and "dconv" not in k}
@@ -188,7 +175,7 @@ def test_mvits_outputs_and_gradients_equal_timms():
             assert_parity(gradients[0][name], gradient, rms=1e-10, maximum=1e-9, what=name)
 
 
-@pytest.mark.parametrize("size", [(96, 160), (160, 64), (32, 64)], ids=str)
+@pytest.mark.parametrize("size", [(96, 160), (32, 64)], ids=str)
 @torch.no_grad()
 def test_mvit_at_another_size_equals_timm_with_resized_tables(size):
     """timm builds for squares: rows from a model of the height, columns from one of the width."""
@@ -203,13 +190,6 @@ def test_mvit_at_another_size_equals_timm_with_resized_tables(size):
     load_mvit(backbone, trained)
     x = image(*size, dtype=torch.float64)
     assert_maps_equal(backbone(x), mvit_maps(model, backbone, x))
-
-
-def test_mvits_stochastic_depth_grows_as_timms():
-    def rates(owner):
-        return [getattr(m, "drop_prob", 0.0) for name, m in owner.named_modules() if name.endswith("drop_path1")]
-
-    assert rates(small("mvit", drop_path_rate=0.3)) == rates(mvit(64, drop_path_rate=0.3))
 
 
 def test_without_kv_pooling_the_grids_agree():
