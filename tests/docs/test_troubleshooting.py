@@ -45,7 +45,7 @@ def raised(error):
 
 def test_operators_are_missing():
     code = (
-        "import sys; sys.meta_path[:] = [f for f in sys.meta_path if not hasattr(f, 'castling_det_role')]\n"
+        "import sys; sys.meta_path[:] = [f for f in sys.meta_path if not hasattr(f, 'castling_det_hook')]\n"
         "from mmcv.ops import nms"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/", timeout=120)
