@@ -64,7 +64,7 @@ class _Source:
 def check_config(
     config: Mapping[str, Any], *, level: CheckLevel = "headers", trust_checked: bool = False
 ) -> list[Problem]:
-    """As `check_dataset`, of a loaded config; `trust_checked` leaves out files that `CheckedCocoDataset` checks."""
+    """As `check_dataset`, of a loaded config. `trust_checked`: skip files that `CheckedCocoDataset` checks itself."""
     problems: list[Problem] = []
     sources = [
         source

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 from demo import demo_steps
-from experiments import Experiment
+from experiments import DATA, Experiment
 from study import VARIANTS, recipe, study_steps
 from uptrain import uptraining_steps
+
+from tests.experiments import ROOT
 
 
 @pytest.fixture
@@ -34,6 +36,11 @@ def test_the_demo_is_a_chain_of_public_commands(plan):
     report = steps["report"]
     assert sum(part == "--run" for part in report.command) == 6
     assert {step.done for name, step in steps.items() if ": test" in name} <= set(report.inputs)
+
+
+def test_every_data_set_has_a_converter():
+    for folder in DATA.values():
+        assert (ROOT / "tools" / "dataset_converters" / f"{folder.name}.py").is_file()
 
 
 def test_a_data_set_elsewhere_is_the_one_that_is_trained_on(plan, tmp_path):
