@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
@@ -116,8 +117,7 @@ _Entry = TypeVar("_Entry", _Image, _Category, _Annotation)
 _EXAMPLES = {
     "images": '{"id": 1, "file_name": "1.png", "width": 640, "height": 480}',
     "categories": '{"id": 1, "name": "tree"}',
-    "annotations": '{"id": 1, "image_id": 1, "category_id": 1, "bbox": [x, y, width, height], "area": width * height, '
-    '"iscrowd": 0}',
+    "annotations": '{"id": 1, "image_id": 1, "category_id": 1, "bbox": [x, y, w, h], "area": w * h, "iscrowd": 0}',
 }
 
 
@@ -274,21 +274,19 @@ _FILE_RULES: _Rules = {
 
 
 def _check_files(images: Sequence[_Image], root: Path | None, level: CheckLevel) -> list[Problem]:
-    # One listing for each folder: much quicker than a look-up for each file, above all over a network.
-    listed: dict[str, set[str]] = {}
+    files_in = cache(
+        partial(_files_in, root or Path())
+    )  # one listing a folder, much quicker than a look-up for each file
     faulty: dict[str, list[str]] = {}
     for image in images:
         folder, _, file = image.file_name.rpartition("/")
+        fault = None
         if os.path.isabs(image.file_name) or os.path.normpath(image.file_name).split(os.sep)[0] == "..":
-            fault: str | None = "leaves"
-        elif root is None:
-            continue
-        else:
-            if folder not in listed:
-                listed[folder] = _files_in(root, folder)
-            fault = None if file in listed[folder] else "missing"
-            if fault is None and level != "names":
-                fault = _file_fault(root / image.file_name, image, decode=level == "pixels")
+            fault = "leaves"
+        elif root is not None and file not in files_in(folder):
+            fault = "missing"
+        elif root is not None and level != "names":
+            fault = _file_fault(root / image.file_name, image, decode=level == "pixels")
         if fault is not None:
             faulty.setdefault(fault, []).append(image.file_name)
     what = f"are not under {root}, or are folders, pipes or broken links"

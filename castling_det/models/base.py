@@ -30,12 +30,11 @@ class CastlingBackbone(BaseModule):
     Args:
         attention: `mode` of `castling_det.layers.AttentionOptions`.
         attn_cfg: its other fields, such as `dict(threshold=1.0, threshold_unit="uniform")`.
-        frozen_stages: -1 trains all; 0 freezes the stem; n freezes the first n stages too. A stage of `CastlingViT` is
-            one block.
+        frozen_stages: -1 trains all; 0 freezes the stem; n freezes the first n stages (blocks of `CastlingViT`) too.
         with_cp: recompute each block in backward to save memory.
         pad_input: pad right and bottom with zeros to multiples of `size_divisor`. Better do that by
             `data_preprocessor=dict(pad_size_divisor=...)`, which tells the head about the padding.
-        init_cfg: mmengine's; `dict(type="castling_det.Pretrained", checkpoint=FILE)` reads a published ImageNet file.
+        init_cfg: `dict(type="castling_det.Pretrained", checkpoint=FILE)` reads a published ImageNet file.
 
     Attributes:
         out_channels, out_strides: channels of each returned map, and its stride in pixels.
@@ -123,17 +122,16 @@ class CastlingBackbone(BaseModule):
         return block(*inputs)
 
     def _checked_or_padded(self, x: Tensor) -> Tensor:
-        height, width = x.shape[-2:]
-        divisor = self.size_divisor
-        pad_h, pad_w = -height % divisor, -width % divisor
-        if pad_h == pad_w == 0:
+        (height, width), divisor = x.shape[-2:], self.size_divisor
+        padding = (0, -width % divisor, 0, -height % divisor)
+        if padding == (0, 0, 0, 0):
             return x
         if not self.pad_input:
             raise ValueError(
                 f"image of {height} x {width} pixels: expected multiples of {divisor}; set "
                 f"data_preprocessor.pad_size_divisor={divisor} in the config, or pad_input=True in the backbone"
             )
-        return F.pad(x, (0, pad_w, 0, pad_h))
+        return F.pad(x, padding)
 
 
 def init_linear_layers(module: nn.Module) -> None:

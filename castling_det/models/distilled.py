@@ -123,5 +123,5 @@ def box_loss(
 
 
 def _objects(scores: Tensor) -> Tensor:
-    """Number of objects that the teacher sees in the batch: the sum of the best scores, at least 1."""
+    """The sum of the best scores at each place, at least 1: about the number of objects that the teacher sees."""
     return scores.amax(dim=-1).sum().clamp_min(1.0)

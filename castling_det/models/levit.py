@@ -75,9 +75,8 @@ class CastlingLeViT(CastlingBackbone):
         **shared: Any,
     ) -> None:
         super().__init__(attention, **shared)
-        architecture = resolved_architecture(arch, ARCHITECTURES, LeViTArchitecture)
+        dims, heads, depths, key_dim = architecture = resolved_architecture(arch, ARCHITECTURES, LeViTArchitecture)
         _check_architecture(architecture)
-        dims, heads, depths, key_dim = architecture
         self.out_indices = resolved_indices(out_indices, len(depths) + 1, lowest_last=1)
         if img_size < _STEM_STRIDE:
             raise ValueError(f"img_size={img_size}: expected at least {_STEM_STRIDE} pixels, such as 224")

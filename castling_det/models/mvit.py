@@ -76,8 +76,7 @@ class CastlingMViT(CastlingBackbone):
         **shared: Any,
     ) -> None:
         super().__init__(attention, **shared)
-        architecture = resolved_architecture(arch, ARCHITECTURES, MViTArchitecture)
-        depths, embed_dims, num_heads, stride_kv = architecture
+        depths, embed_dims, num_heads, stride_kv = resolved_architecture(arch, ARCHITECTURES, MViTArchitecture)
         if not depths or min(depths) < 1:
             raise ValueError(f"arch.depths={depths}: expected one block or more a stage")
         self.out_indices = resolved_indices(out_indices, len(depths))

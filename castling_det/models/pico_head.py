@@ -108,7 +108,7 @@ class PicoHead(GFLHead):
         )
 
     def forward(self, x: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Maps (B, in_channels, H, W) of each level to logits, at least float32.
+        """Maps (B, in_channels, H, W) of each level to logits of scores and distributions, at least float32.
 
         Scores are (B, K, H, W), distributions (B, 4 * (reg_max + 1), H, W) for left, top, right, bottom.
         """
@@ -172,25 +172,23 @@ class PicoHead(GFLHead):
         weight = probabilities[image, prior].amax(dim=1)
         total_weight = reduce_mean(weight.sum()).clamp(min=1)
         distances = self.bbox_coder.encode(points[image, prior], targets, self.reg_max)
+        bins = distributions[image, prior].view(-1, self.reg_max + 1)
         return {
             "loss_cls": loss_cls,
             "loss_bbox": self.loss_bbox(picked, targets, weight=weight, avg_factor=total_weight),
             "loss_dfl": self.loss_dfl(
-                distributions[image, prior].view(-1, self.reg_max + 1),
-                distances.flatten(),
-                weight=weight.repeat_interleave(4),
-                avg_factor=4 * total_weight,
+                bins, distances.flatten(), weight=weight.repeat_interleave(4), avg_factor=4 * total_weight
             ),
         }
 
     @torch.no_grad()
     def _assign(self, scores: Tensor, boxes: Tensor, priors: Tensor, truths: Sequence[InstanceData]) -> Tensor:
         """(B, P): 0 for background, else one more than the index of the image's box."""
-        rows = [
-            self.assigner.assign(InstanceData(scores=score, bboxes=box, priors=priors), truth).gt_inds
-            for score, box, truth in zip(scores, boxes, truths, strict=True)
+        predictions = [
+            InstanceData(scores=score, bboxes=box, priors=priors) for score, box in zip(scores, boxes, strict=True)
         ]
-        return torch.stack(rows)
+        pairs = zip(predictions, truths, strict=True)
+        return torch.stack([self.assigner.assign(found, truth).gt_inds for found, truth in pairs])
 
 
 def flattened(maps: Sequence[Tensor]) -> Tensor:

@@ -19,8 +19,6 @@ _LOWEST_LOG = -100.0  # torch's binary cross entropy clamps at it, too
 class VarifocalSimOTAAssigner(SimOTAAssigner):
     """MMDetection's SimOTA (candidates, dynamic k, conflicts) with the cost varifocal loss + weight * GIoU loss.
 
-    MMDetection's own cost is binary cross entropy against the label plus -log IoU.
-
     Args:
         center_radius: candidates lie within this many strides of a box's centre, or in a box; those where both is true
             are preferred.

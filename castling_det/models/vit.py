@@ -22,7 +22,7 @@ STEMS = ("patch", "conv")
 class CastlingViT(CastlingBackbone):
     """Plain vision transformer (arXiv 2010.11929) as a detector's backbone, one stride, attention over the whole map.
 
-    The same parameters serve every `attention`: a state dict of one mode loads strictly into another.
+    A state dict of one `attention` loads strictly into another.
 
     Args:
         embed_dims, depth, num_heads: channels of the tokens, blocks, and heads, which divide the channels.

@@ -54,9 +54,7 @@ def quick_bases():
         yield
 
 
-@functools.cache
-def read(path):
-    return Config.fromfile(path)
+read = functools.cache(Config.fromfile)
 
 
 def load(path):
@@ -141,8 +139,7 @@ def test_trains_a_step_and_predicts(path, tmp_path):
     total.backward()
     assert total.isfinite()
     # Under DDP every parameter must take part in every step.
-    unused = [name for name, parameter in model.named_parameters() if parameter.grad is None]
-    assert unused == []
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
     found = detections(model, data)
     assert len(found) == 2 and all(instances.scores.isfinite().all() for instances in found)
     if "roi_head" in config.model:
@@ -168,13 +165,20 @@ def test_converts_and_predicts_the_same(path, tmp_path):
     torch.testing.assert_close(after.scores, before.scores, rtol=0, atol=0)
 
 
+@contextlib.contextmanager
+def without_memory():
+    """On the meta device, for which there is no autocast."""
+    init_default_scope("mmdet")
+    with torch.device("meta"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("castling_det.ops.linear_angular.without_autocast", lambda tensor: contextlib.nullcontext())
+        yield
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=NAMES)
 def test_parts_fit_at_full_size(path):
     """The whole model, without memory: the neck takes the backbone's channels, the head's strides are the neck's."""
     model = load(path).model
-    init_default_scope("mmdet")
-    with torch.device("meta"), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("castling_det.ops.linear_angular.without_autocast", lambda tensor: contextlib.nullcontext())
+    with without_memory():
         detector = MODELS.build(copy.deepcopy(model)).eval()
         maps = detector.backbone(torch.empty(1, 3, 512, 512))
         levels = detector.neck(maps)
@@ -194,24 +198,11 @@ def test_parts_fit_at_full_size(path):
         assert strides[:-1] == list(model.roi_head.bbox_roi_extractor.featmap_strides)
 
 
-def attention_in(name):
-    (attention,) = [word for word in (*ATTENTIONS, WINDOWS) if f"_{word}_" in name]
-    return attention
-
-
-def test_four_files_a_model():
-    families = {}
-    for name in (path.stem for path in FAMILIES):
-        attention = attention_in(name)
-        families.setdefault(name.replace(f"_{attention}_", "_ATTENTION_"), set()).add(attention)
-    incomplete = {name: files for name, files in families.items() if files - {WINDOWS} != set(ATTENTIONS)}
-    assert families and incomplete == {}
-
-
 @pytest.mark.parametrize("path", FAMILIES, ids=[path.stem for path in FAMILIES])
 def test_the_four_differ_in_the_attention_alone(path):
     """Against the softmax config: the backbone's attention, mask and windows, and the hooks, nothing else."""
-    attention = attention_in(path.stem)
+    (attention,) = [word for word in (*ATTENTIONS, WINDOWS) if f"_{word}_" in path.stem]
+    assert all(path.with_name(path.name.replace(f"_{attention}_", f"_{other}_")).is_file() for other in ATTENTIONS)
     config = load(path).to_dict()
     baseline = load(path.with_name(path.name.replace(f"_{attention}_", "_softmax_"))).to_dict()
     for settings in (config, baseline):
@@ -243,7 +234,7 @@ def test_a_clone_on_the_path_works_without_an_installation():
     config = ROOT / "configs" / "castling_vit" / "gfl_castling-vit-nano_castling_tree-crowns.py"
     code = f"""
 import sys
-assert not [finder for finder in sys.meta_path if hasattr(finder, "castling_det_role")]
+assert not [finder for finder in sys.meta_path if hasattr(finder, "castling_det_hook")]
 from mmengine.config import Config
 config = Config.fromfile({str(config)!r})
 from mmdet.registry import MODELS
@@ -252,13 +243,8 @@ init_default_scope("mmdet")
 print(type(MODELS.build(config.model).backbone))
 """
     path = os.pathsep.join([str(ROOT), *site.getsitepackages()])
-    run = subprocess.run(
-        [sys.executable, "-S", "-c", code],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        cwd="/",
-    )
+    command, environment = [sys.executable, "-S", "-c", code], {**os.environ, "PYTHONPATH": path}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd="/")
     assert "castling_det.models.vit.CastlingViT" in run.stdout, run.stderr
 
 
@@ -267,13 +253,8 @@ def test_castling_ramps_end_at_the_number_of_tokens(path, monkeypatch):
     """Of the largest training image, at the attention that has the most; the layers say how many they count."""
     config = load(path)
     counted = []
-    monkeypatch.setattr(
-        MaskedAttention, "_masked_branch", lambda self, branch, *inputs, num_keys: counted.append(num_keys)
-    )
-    # Without memory, and without autocast, which has no meta device.
-    monkeypatch.setattr("castling_det.ops.linear_angular.without_autocast", lambda tensor: contextlib.nullcontext())
-    init_default_scope("mmdet")
-    with torch.device("meta"):
+    monkeypatch.setattr(MaskedAttention, "_masked_branch", lambda *_, num_keys: counted.append(num_keys))
+    with without_memory():
         MODELS.build(config.model.backbone)(torch.empty(1, 3, *config.image_size))
     (hook,) = [hook for hook in config.custom_hooks if hook.type == "castling_det.MaskAnnealingHook"]
     assert hook.end == max(counted)

@@ -20,6 +20,7 @@ from PIL import Image
 import castling_det
 from castling_det.engine import ClassCountHook
 from castling_det.registry import HOOKS
+from tests.conversion.conftest import _TINY
 
 ROOT = Path(__file__).resolve().parents[2]
 PIPELINE = [
@@ -31,13 +32,11 @@ PIPELINE = [
 
 
 def coco(name: str = "tree") -> dict[str, Any]:
+    box = dict(category_id=1, bbox=[4, 4, 30, 28], area=840, iscrowd=0)
     return {
-        "images": [{"id": i, "file_name": f"{i}.png", "width": 64, "height": 48} for i in (1, 2)],
-        "annotations": [
-            {"id": i, "image_id": i, "category_id": 1, "bbox": [4, 4, 30, 28], "area": 840, "iscrowd": 0}
-            for i in (1, 2)
-        ],
-        "categories": [{"id": 1, "name": name}],
+        "images": [dict(id=i, file_name=f"{i}.png", width=64, height=48) for i in (1, 2)],
+        "annotations": [dict(box, id=i, image_id=i) for i in (1, 2)],
+        "categories": [dict(id=1, name=name)],
     }
 
 
@@ -53,52 +52,46 @@ def data(tmp_path: Path) -> Path:
 
 
 def loader(root: Path, split: str) -> dict[str, Any]:
-    return {
-        "batch_size": 1,
-        "num_workers": 0,
-        "sampler": {"type": "DefaultSampler", "shuffle": False},
-        "dataset": {
-            "type": "castling_det.CheckedCocoDataset",
-            "data_root": str(root),
-            "ann_file": f"{split}.json",
-            "data_prefix": {"img": "img/"},
-            "metainfo": {"classes": ("tree",)},
-            "test_mode": split == "val",
-            "pipeline": copy.deepcopy(PIPELINE),
-        },
-    }
+    dataset = dict(
+        type="castling_det.CheckedCocoDataset",
+        data_root=str(root),
+        ann_file=f"{split}.json",
+        data_prefix=dict(img="img/"),
+        metainfo=dict(classes=("tree",)),
+        test_mode=split == "val",
+        pipeline=copy.deepcopy(PIPELINE),
+    )
+    return dict(batch_size=1, num_workers=0, sampler=dict(type="DefaultSampler", shuffle=False), dataset=dataset)
 
 
 def sound(root: Path) -> Config:
     """A detector that trains in milliseconds."""
-    from tests.conversion.conftest import _TINY
-
     model = copy.deepcopy(_TINY["model"])
     model["bbox_head"]["num_classes"] = 1
-    return Config(
-        {
-            "default_scope": "mmdet",
-            "model": model,
-            "train_dataloader": loader(root, "train"),
-            "val_dataloader": loader(root, "val"),
-            "test_dataloader": loader(root, "val"),
-            "val_evaluator": {"type": "CocoMetric", "ann_file": str(root / "val.json"), "metric": "bbox"},
-            "test_evaluator": {"type": "CocoMetric", "ann_file": str(root / "val.json"), "metric": "bbox"},
-            "train_cfg": {"type": "IterBasedTrainLoop", "max_iters": 2, "val_interval": 2},
-            "val_cfg": {"type": "ValLoop"},
-            "test_cfg": {"type": "TestLoop"},
-            "optim_wrapper": {"type": "OptimWrapper", "optimizer": {"type": "SGD", "lr": 1e-3}},
-            "default_hooks": {
-                "checkpoint": {"type": "CheckpointHook", "interval": 100, "save_last": False, "by_epoch": False}
-            },
-            "custom_hooks": [{"type": "castling_det.ClassCountHook"}],
-            "env_cfg": {"mp_cfg": {"opencv_num_threads": 0}},
-        }
+    evaluator = {"type": "CocoMetric", "ann_file": str(root / "val.json"), "metric": "bbox"}
+    settings = dict(
+        default_scope="mmdet",
+        model=model,
+        train_dataloader=loader(root, "train"),
+        val_dataloader=loader(root, "val"),
+        test_dataloader=loader(root, "val"),
+        val_evaluator=evaluator,
+        test_evaluator=dict(evaluator),
+        train_cfg=dict(type="IterBasedTrainLoop", max_iters=2, val_interval=2),
+        val_cfg=dict(type="ValLoop"),
+        test_cfg=dict(type="TestLoop"),
+        optim_wrapper=dict(type="OptimWrapper", optimizer=dict(type="SGD", lr=1e-3)),
+        default_hooks=dict(checkpoint=dict(type="CheckpointHook", interval=100, save_last=False, by_epoch=False)),
+        custom_hooks=[dict(type="castling_det.ClassCountHook")],
+        env_cfg=dict(mp_cfg=dict(opencv_num_threads=0)),
     )
+    return Config(settings)
 
 
 def test_a_sound_config_has_no_problem(data: Path) -> None:
     config = sound(data)
+    config.model.backbone.num_classes = 1000  # counts something else
+    config.model.rpn_head = {"num_classes": 7}
     before = config.to_dict()
     assert castling_det.check_dataset(config, level="pixels") == []
     assert config.to_dict() == before
@@ -115,7 +108,7 @@ def _train_on(make: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[Con
 
 
 TRAIN, VAL = "train_dataloader.dataset", "val_dataloader.dataset"
-# What is changed in the config: the field and the message of the one problem.
+# What is changed in the config; field and message of the one problem.
 FAULTS: dict[str, tuple[Callable[[Config], None], str, str]] = {
     "num_classes": (_set(model__bbox_head__num_classes=80), "model.bbox_head.num_classes", "is 80, but train_"),
     "metainfo": (
@@ -180,13 +173,6 @@ def test_all_problems_come_at_once_and_a_file_once(data: Path) -> None:
     ]
 
 
-def test_num_classes_of_other_things_is_left_alone(data: Path) -> None:
-    config = sound(data)
-    config.model.backbone.num_classes = 1000
-    config.model.rpn_head = {"num_classes": 7}
-    assert castling_det.check_dataset(config) == []
-
-
 def test_a_coco_file_alone(data: Path) -> None:
     assert castling_det.check_dataset(data / "val.json", classes=("tree",), image_root=data / "img") == []
     (problem,) = castling_det.check_dataset(data / "val.json", classes=("oak",))
@@ -225,28 +211,23 @@ def test_the_command_prints_everything_and_its_code_says_whether_to_train(data: 
     assert run_tool(data / "none.py").returncode == 2
 
 
-def runner(config: Config, work_dir: Path) -> Runner:
-    config.work_dir = str(work_dir)
-    config.experiment_name = f"check-{work_dir.name}-{time.time_ns()}"
-    return Runner.from_cfg(config)
+@pytest.fixture
+def run_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Config], tuple[Runner, list[int]]]:
+    """A config's runner, and a list with an entry for each iteration that it comes to."""
 
-
-class Counter:
-    """Iterations that a runner came to."""
-
-    def __init__(self, runner: Runner) -> None:
-        self.started = 0
+    def make(config: Config) -> tuple[Runner, list[int]]:
+        config.work_dir = str(tmp_path / "work")
+        config.experiment_name = f"check-{time.time_ns()}"
+        runner, started = Runner.from_cfg(config), []
         step = runner.model.train_step
+        monkeypatch.setattr(runner.model, "train_step", lambda *a, **k: started.append(1) or step(*a, **k))
+        return runner, started
 
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            self.started += 1
-            return step(*args, **kwargs)
-
-        runner.model.train_step = counted
+    return make
 
 
 @pytest.mark.parametrize("fault", ["num_classes", "metainfo of one loader", "evaluator of another file"])
-def test_a_doomed_training_stops_before_its_first_iteration(data: Path, tmp_path: Path, fault: str) -> None:
+def test_a_doomed_training_stops_before_its_first_iteration(data: Path, run_of: Any, fault: str) -> None:
     """Without the hook the last two end after the first validation: in a real run, hours later."""
     config = sound(data)
     spoil, field, message = FAULTS[fault]
@@ -256,22 +237,17 @@ def test_a_doomed_training_stops_before_its_first_iteration(data: Path, tmp_path
         message = "names 'oak', but train_dataloader.dataset 'tree'"
     else:
         spoil(config)
-    doomed = runner(config, tmp_path / "work")
-    count = Counter(doomed)
+    doomed, started = run_of(config)
     with pytest.raises(ValueError, match="problem") as caught:
         doomed.train()
-    assert count.started == 0
+    assert not started
     assert field in str(caught.value) and message in str(caught.value)
 
 
-def test_control_a_sound_training_runs(data: Path, tmp_path: Path) -> None:
-    good = runner(sound(data), tmp_path / "work")
-    count = Counter(good)
+def test_control_a_sound_training_runs(data: Path, run_of: Any) -> None:
+    good, started = run_of(sound(data))
     good.train()
-    assert count.started == 2
-
-
-def test_both_names_are_one_hook() -> None:
+    assert len(started) == 2
     assert HOOKS.get("castling_det.DatasetCheckHook") is HOOKS.get("castling_det.ClassCountHook") is ClassCountHook
 
 

@@ -26,26 +26,22 @@ CLASSES = ("oak", "fir")
 
 def sound(images: int = 4, boxes: int = 3) -> dict[str, Any]:
     """`images` of 100 x 80 with `boxes` each, and one more image without any."""
+
+    def box(i: int, j: int) -> dict[str, Any]:
+        place = dict(bbox=[8.0 * j, 5, 20, 30.5], area=610.0, iscrowd=0)
+        return dict(id=i * boxes + j + 1, image_id=i + 1, category_id=j % 2 + 1, **place)
+
     return {
-        "images": [{"id": i + 1, "file_name": f"{i + 1}.png", "width": 100, "height": 80} for i in range(images + 1)],
-        "annotations": [
-            {
-                "id": i * boxes + j + 1,
-                "image_id": i + 1,
-                "category_id": j % 2 + 1,
-                "bbox": [8.0 * j, 5, 20, 30.5],
-                "area": 610.0,
-                "iscrowd": 0,
-            }
-            for i in range(images)
-            for j in range(boxes)
-        ],
-        "categories": [{"id": 1, "name": "oak"}, {"id": 2, "name": "fir"}],
+        "images": [dict(id=i + 1, file_name=f"{i + 1}.png", width=100, height=80) for i in range(images + 1)],
+        "annotations": [box(i, j) for i in range(images) for j in range(boxes)],
+        "categories": [dict(id=1, name="oak"), dict(id=2, name="fir")],
     }
 
 
 def test_sound_annotations_have_no_problem():
     data = sound()
+    data["images"][0]["file_name"] = "sub/../1.png"
+    data["images"][1]["file_name"] = "sub/a..b.png"
     before = copy.deepcopy(data)
     assert check_annotations(data, classes=CLASSES) == []
     assert data == before
@@ -65,36 +61,27 @@ def without(key, field):
 
 # What is done to sound data; field and message of the problem.
 FAULTS = {
-    "no images": (lambda d: d.update(images=[]), "images", "is empty"),
     "images missing": (lambda d: d.pop("images"), "images", "is missing"),
     "no annotations": (lambda d: d.update(annotations=[]), "annotations", "is empty"),
     "annotations an object": (lambda d: d.update(annotations={}), "annotations", "is a dict, expected a list"),
-    "no categories": (lambda d: d.update(categories=[]), "categories", "is empty"),
     "image id twice": (update("images", id=1), "images[].id", "not unique: 1"),
     "image without id": (without("images", "id"), "images[]", "1 of 5 entries: Object missing required field `id`"),
     "annotation id twice": (update("annotations", id=1), "annotations[].id", "not unique: 1"),
     "annotation without id": (without("annotations", "id"), "annotations[]", "missing required field `id`"),
-    "annotation id a text": (update("annotations", id="2"), "annotations[].id", "Expected `int`, got `str`"),
     "annotation no object": (lambda d: d["annotations"].append(7), "annotations[]", "`int`; see annotations[12]"),
     "category id twice": (update("categories", id=1), "categories[].id", "not unique: 1"),
     "category name twice": (update("categories", name="oak"), "categories[].name", "not unique: 'oak'"),
     "category without name": (without("categories", "name"), "categories[]", "1 of 2 entries: Object missing"),
     "unknown image": (update("annotations", image_id=99), "annotations[].bbox", "`image_id` that no image has: 2"),
-    "image id a list": (update("annotations", image_id=[1]), "annotations[].image_id", "got `array`"),
     "unknown category": (update("annotations", category_id=9), "annotations[].bbox", "`category_id` that no category"),
     "negative width": (set_box(50, 5, -20, 30), "annotations[].bbox", "negative width or height: 5"),
     "zero height": (set_box(50, 5, 20, 0), "annotations[].bbox", "below one pixel"),
     "not a number": (set_box(50, 5, float("nan"), 30), "annotations[].bbox", "Expected `float` >= -1000000000"),
-    "infinite": (set_box(50, 5, float("inf"), 30), "annotations[].bbox", "Expected `float` <= 1000000000"),
     "three numbers": (set_box(50, 5, 20), "annotations[].bbox", "`array` of length 4, got 3"),
-    "text in a box": (set_box(50, 5, 20, "30"), "annotations[].bbox", "got `str`; see annotations[4]"),
     "outside": (set_box(100, 5, 20, 30), "annotations[].bbox", "wholly outside their image"),
-    "no area": (without("annotations", "area"), "annotations[]", "missing required field `area`"),
     "area of zero": (update("annotations", area=0), "annotations[].bbox", "`area` of 0"),
     "no iscrowd": (without("annotations", "iscrowd"), "annotations[]", "missing required field `iscrowd`"),
     "iscrowd null": (update("annotations", iscrowd=None), "annotations[].iscrowd", "got `null`"),
-    "no size": (without("images", "width"), "images[]", "missing required field `width`"),
-    "no file name": (without("images", "file_name"), "images[]", "missing required field `file_name`"),
     "leaves the folder": (update("images", file_name="a/../../b.png"), "images[].file_name", "'a/../../b.png'"),
     "absolute": (update("images", file_name="/b.png"), "images[].file_name", "lead out of the image folder"),
 }
@@ -115,34 +102,11 @@ def test_every_fault_is_an_error_with_field_and_fix(fault):
     assert field in str(caught.value) and found[0].fix in str(caught.value)
 
 
-def test_names_inside_the_folder_pass():
-    data = sound()
-    data["images"][0]["file_name"] = "sub/../1.png"
-    data["images"][1]["file_name"] = "sub/a..b.png"
-    assert check_annotations(data) == []
-
-
 def test_annotation_id_0_is_a_warning_since_evaluation_counts_it_as_missed():
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
-
-    data = sound(images=1, boxes=1)
-    data["images"].pop()
-    scores = {}
-    for identifier in (0, 1):
-        data["annotations"][0]["id"] = identifier
-        problems = check_annotations(data, classes=CLASSES)
-        assert [(p.severity, "the id 0" in p.message) for p in problems] == [("warning", True)] * (identifier == 0)
-        truth = COCO()
-        truth.dataset = copy.deepcopy(data)
-        truth.createIndex()
-        detection = {"image_id": 1, "category_id": 1, "bbox": data["annotations"][0]["bbox"], "score": 0.9}
-        evaluation = COCOeval(truth, truth.loadRes([detection]), "bbox")
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-        scores[identifier] = evaluation.stats[0]
-    assert scores[0] == 0.0 and scores[1] == pytest.approx(1.0), "a perfect box"
+    data = sound()
+    data["annotations"][0]["id"] = 0
+    (problem,) = check_annotations(data, classes=CLASSES)
+    assert problem.severity == "warning" and "the id 0" in problem.message
 
 
 def test_a_few_unusable_boxes_in_a_large_file_are_a_warning():
@@ -180,12 +144,9 @@ TEXT = json.dumps(sound())
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "is not JSON in UTF-8"),
-        (b'{"images": [', "is not JSON in UTF-8"),
         (b"\x89PNG\xff\xfe", "is not JSON in UTF-8"),
         (TEXT.encode("utf-8-sig"), "is not JSON in UTF-8 without a byte order mark"),
         (TEXT.encode("utf-16"), "is not JSON in UTF-8"),
-        (TEXT.encode("utf-16-le"), "is not JSON in UTF-8"),
         (TEXT.replace("oak", "ch\xeane").encode("latin-1"), "is not JSON in UTF-8"),
         (b"[]", "holds a JSON list"),
         (None, "is not a file"),
@@ -218,7 +179,6 @@ NO_FILES = {
     "a link to itself": lambda path: path.symlink_to(path.name),
     "a folder": Path.mkdir,
     "a pipe": os.mkfifo,
-    "a link to an endless device": lambda path: path.symlink_to("/dev/zero"),
 }
 
 

@@ -54,10 +54,6 @@ def test_conversion_changes_no_detection(finished):
         for name in ("castling", "deploy")
     )
     assert before == after and len(before) > 0
-
-
-def test_manifest(finished):
-    work_dir, _ = finished
     manifest = json.loads((work_dir / "seed0" / "deploy" / "deploy.json").read_text())
     assert manifest["mask"]["empty_by"] == "threshold"
     assert all(feature["max_abs"] == 0 for feature in manifest["drift"].values())
