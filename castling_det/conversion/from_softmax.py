@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from typing import Any
 
 from mmengine.config import Config
 from torch import nn
@@ -34,28 +34,26 @@ def start_from_softmax(
     out: str | os.PathLike[str],
     *,
     weights: str = "auto",
-    probe_images: Sequence[str | os.PathLike[str]] = (),
-    num_probes: int = 4,
-    shape: tuple[int, int] | None = None,
     command: str = "",
+    **probes: Any,
 ) -> Manifest:
     """Writes initial weights `out` for a castling training, and the manifest beside it.
 
-    The parameters are the source's: all modes share them. What makes the start close to the softmax detector is how the
-    config begins, and that is measured: `normalizer="kernel"`, `threshold=0` and a MaskAnnealingHook with a `share`
-    near 1.
+    All modes share the parameters of the source. `normalizer="kernel"`, `threshold=0` and a MaskAnnealingHook with a
+    `share` near 1 in the config make the start close to the softmax detector; the manifest says how close.
 
     Args:
         config: of the castling training, with a MaskAnnealingHook.
         source: checkpoint of a training with `attention="softmax"` of the same detector.
         out: file to write, for `load_from`.
-        weights, probe_images, num_probes, shape, command: as for `convert`.
+        weights, command: as for `convert`.
+        probes: `probe_images`, `num_probes`, `shape` as for `convert`.
 
     Raises:
         ValueError: unusable file, config or option. `out` is as it was.
         OSError: `out` cannot be written. An older `out` is as it was.
     """
-    job = Job.prepared(config, source, out, probe_images=probe_images, num_probes=num_probes, shape=shape)
+    job = Job.prepared(config, source, out, **probes)
     modes = trained_attention(job.meta)
     if modes and modes != {"softmax"}:
         raise ValueError(
@@ -68,26 +66,16 @@ def start_from_softmax(
     load_exactly(castling, picked.tensors, source)
     alone = measure(castling_config, job.probes, softmax, castling)  # in eval mode without its softmax branch
     state = set_first_mask(castling, job.config)
-    at_start = measure(castling_config, job.probes, softmax, castling)
-    drift = max(drift.relative_rms for drift in at_start.drift.values())
+    measured = measure(castling_config, job.probes, softmax, castling)
+    drift = max(drift.relative_rms for drift in measured.drift.values())
     if drift > _CLOSE:
         notes.append(
             f"the first iteration is {drift:.0%} RMS away from the softmax detector; closest is "
             "normalizer='kernel', threshold=0.0 in the backbone and MaskAnnealingHook(schedule='constant', share=0.99)"
         )
     mask = MaskRecord(state.threshold, state.threshold_unit, state.aux_scale, "config", empty_by=None, layers={})
-    return job.write(
-        castling,
-        castling_config,
-        picked,
-        record=("from_softmax", {}),
-        mask=mask,
-        probes=at_start.probes,
-        drift=at_start.drift,
-        drift_linear=alone.drift,
-        command=command,
-        notes=notes,
-    )
+    done = ("from_softmax", {})
+    return job.write(castling, castling_config, picked, done, measured, mask, notes, command, drift_linear=alone.drift)
 
 
 def set_first_mask(castling: nn.Module, config: Config) -> MaskState:
