@@ -131,11 +131,7 @@ class Job:
         num_probes: int = 4,
         shape: tuple[int, int] | None = None,
     ) -> Job:
-        """Reads config and checkpoint, before anything slow; arguments as for `convert`.
-
-        Raises:
-            ValueError: an unusable file, a checkpoint that is converted already, or an `out` that is no new `.pth`.
-        """
+        """Reads config and checkpoint, before anything slow; arguments as for `convert`."""
         source, out = Path(source), Path(out)
         if out.suffix not in (".pth", ".pt"):
             raise ValueError(f"output {out}: expected a .pth file; the manifest takes the same name with .json")

@@ -27,11 +27,7 @@ _OF_THE_MASK = ("mode", "threshold", "threshold_unit", "eval_aux")
 
 
 def training_config(config: str | os.PathLike[str] | Config) -> Config:
-    """The config of a castling training or of its deploy twin, from a file or as it is.
-
-    Raises:
-        ValueError: no such file, no `model`, or no backbone with castling or linear attention in it.
-    """
+    """The config of a castling training or of its deploy twin, from a file or as it is."""
     config = load_config(config)
     if "model" not in config:
         raise ValueError(f"config {config.filename}: has no `model`; give the config of the training")
@@ -80,11 +76,7 @@ def build_detector(config: Config) -> nn.Module:
 
 
 def own_meta(checkpoint: Mapping[str, Any], source: object) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The checkpoint's meta, and this package's records in it; each is empty if it is not there.
-
-    Raises:
-        ValueError: the records are no dicts.
-    """
+    """The checkpoint's meta, and this package's records in it; each is empty if it is not there."""
     meta = checkpoint.get("meta")
     meta = meta if isinstance(meta, dict) else {}
     own = meta.get(META_KEY) or {}
@@ -101,11 +93,7 @@ def trained_attention(meta: Mapping[str, Any]) -> set[str]:
 
 
 def check_deployable(checkpoint: Mapping[str, Any], source: object) -> tuple[dict[str, Any], list[str]]:
-    """The meta of a checkpoint whose linear attention can be used alone, and notes on what it does not say.
-
-    Raises:
-        ValueError: it was trained with another attention and is not converted.
-    """
+    """The meta of a checkpoint whose linear attention can be used alone, and notes on what it does not say."""
     meta, own = own_meta(checkpoint, source)
     modes = trained_attention(meta) | ({"castling"} if own.get("mask") else set())
     if own.get("converted") or modes == {"linear"}:
@@ -129,9 +117,6 @@ def load_weights(
 
     Returns:
         The weights that were loaded, and notes on what could not be checked.
-
-    Raises:
-        ValueError: see `select_weights` and `load_exactly`; or an option that differs, with both values.
     """
     picked = select_weights(checkpoint, source, weights)
     load_exactly(model, picked.tensors, source)
@@ -156,11 +141,7 @@ def load_weights(
 
 
 def load_exactly(model: nn.Module, tensors: Mapping[str, Tensor], source: str | os.PathLike[str]) -> None:
-    """Loads `tensors` so that every entry finds its place and every place an entry.
-
-    Raises:
-        ValueError: missing or unexpected names, other shapes or kinds of number, values that are not finite.
-    """
+    """Loads `tensors` so that every entry finds its place and every place an entry."""
     target = model.state_dict()
     faults = {
         "missing": [name for name in target if name not in tensors],
@@ -185,11 +166,7 @@ def other_shapes(tensors: Mapping[str, Tensor], target: Mapping[str, Tensor]) ->
 
 
 def check_numbers(tensors: Mapping[str, Tensor], target: Mapping[str, Tensor], source: str | os.PathLike[str]) -> None:
-    """Refuses numbers that the model's tensors of the same name cannot take. float16 for float32 is fine.
-
-    Raises:
-        ValueError: another kind of number, such as integers for float32; NaN or infinity in the model's precision.
-    """
+    """Refuses numbers that the model's tensors of the same name cannot take. float16 for float32 is fine."""
     dtypes = {name: (value.dtype, target[name].dtype) for name, value in tensors.items()}
     if kinds := [f"{name} {one} for {own}" for name, (one, own) in dtypes.items() if _kind(one) != _kind(own)]:
         raise ValueError(

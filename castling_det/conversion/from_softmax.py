@@ -79,11 +79,7 @@ def start_from_softmax(
 
 
 def set_first_mask(castling: nn.Module, config: Config) -> MaskState:
-    """Puts every layer where the config's hook has it in the first iteration, with the branch on.
-
-    Raises:
-        ValueError: not one MaskAnnealingHook in the config.
-    """
+    """Puts every layer where the config's hook has it in the first iteration, with the branch on."""
     found = [dict(hook) for hook in config.get("custom_hooks") or [] if hook.get("type") == _HOOK]
     if len(found) != 1:
         raise ValueError(

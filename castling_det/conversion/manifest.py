@@ -110,10 +110,9 @@ class Manifest:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
         record: dict[str, Any] = msgspec.to_builtins(self)
-        record["max_abs_drift"] = self.max_abs_drift
-        record["mask"]["kept_fraction"] = self.mask.kept_fraction
-        record["mask"]["threshold"] = self.mask.threshold if self.mask.threshold < float("inf") else "inf"
-        return record
+        threshold = self.mask.threshold if self.mask.threshold < float("inf") else "inf"
+        record["mask"] |= {"kept_fraction": self.mask.kept_fraction, "threshold": threshold}
+        return record | {"max_abs_drift": self.max_abs_drift}
 
     def summary(self) -> str:
         """A short table for people."""
@@ -129,8 +128,8 @@ class Manifest:
             rows["mask empty"] = f"{empty}; largest kept fraction {mask.kept_fraction:.3g}"
         for name, drift in self.drift.items():
             rows[f"drift {name}"] = f"{drift.max_abs:.3g} ({drift.relative_rms:.2%} RMS)"
-            if self.drift_linear is not None:
-                rows[f"drift {name}"] += f", {self.drift_linear[name].relative_rms:.2%} RMS with linear attention alone"
+        for name, drift in (self.drift_linear or {}).items():
+            rows[f"drift {name}"] += f", {drift.relative_rms:.2%} RMS with linear attention alone"
         column = max(map(len, rows))
         lines = [f"{name:<{column}}  {text}" for name, text in rows.items()]
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])

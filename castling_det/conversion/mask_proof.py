@@ -71,11 +71,7 @@ class Measurement:
 def probes_of(
     config: Config, images: Sequence[str | os.PathLike[str]], number: int, shape: tuple[int, int] | None
 ) -> tuple[Probes, list[str]]:
-    """At most `number` of the images in files and folders, evenly spaced; or noise of `shape`. With notes.
-
-    Raises:
-        ValueError: no image among the paths, or a number or sides below 1.
-    """
+    """At most `number` of the images in files and folders, evenly spaced; or noise of `shape`. With notes."""
     if number < 1:
         raise ValueError(f"num_probes={number}: expected at least 1")
     if shape is not None and min(shape) < 1:
@@ -102,9 +98,6 @@ def set_mask(hybrid: nn.Module, recorded: Mapping[str, Any] | None, source: obje
 
     Returns:
         The state, and its origin: `"checkpoint"` (`recorded` by MaskAnnealingHook), or else `"config"`.
-
-    Raises:
-        ValueError: the record is incomplete or out of range.
     """
     layers = attention_layers(hybrid, "castling").values()
     try:

@@ -54,10 +54,8 @@ class LoadReport:
     def __str__(self) -> str:
         # One line for the same parameter of every block.
         new = Counter(re.sub(r"\b(stages|blocks)\.\d+\.", r"\1.*.", name) for name in self.new)
-        lines = [
-            f"{self.source}: {self.fraction:.1%} of the parameters loaded "
-            f"({self.vit_fraction:.1%} of those that a ViT checkpoint can hold)"
-        ]
+        held = f"{self.vit_fraction:.1%} of those that a ViT checkpoint can hold"
+        lines = [f"{self.source}: {self.fraction:.1%} of the parameters loaded ({held})"]
         lines += [f"  resized  {name}: {how}" for name, how in self.resized.items()]
         lines += [f"  new      {name}" + (f" ({count})" if count > 1 else "") for name, count in new.items()]
         lines += [f"  dropped  {name}: {reason}" for name, reason in self.dropped.items()]
@@ -66,23 +64,21 @@ class LoadReport:
 
 @dataclass(frozen=True)
 class _Family:
-    """The checkpoints of one architecture."""
+    """The checkpoints of one architecture; `block`, `essential`, `dropped` and `logits` hold patterns of names."""
 
     name: str
     starts: tuple[str, ...]
     """Names that follow the prefix in every file."""
     block: str
-    """Pattern of a block's name."""
     essential: str
-    """Pattern of names outside of blocks that change what the network computes."""
+    """Entries outside of blocks that change what the network computes."""
     dropped: dict[str, str]
-    """Pattern of a name that the model can do without: the reason."""
+    """Entries that the model can do without: the reason."""
     logits: tuple[str, str]
-    """Pattern of parameters that only softmax attention has, and what they are."""
+    """Parameters that only softmax attention has, and what they are."""
     hint: str
     """What to change in the config where an entry has no place."""
     renamed: Callable[[State], State]
-    """The entries under the model's names."""
 
     def drop_reason(self, name: str, target: State) -> str:
         """Why the model can do without an entry that it has no parameter for; empty when it cannot."""
@@ -101,17 +97,14 @@ class _Family:
 
 def _levit_names(source: State) -> State:
     """The authors number attention and MLP in turn; attention with `kv` starts a stage."""
-    parts: dict[int, set[str]] = {}
-    for name in source:
-        if found := _NUMBERED_THROUGH.match(name):
-            parts.setdefault(int(found[1]), set()).add(found[2].split(".")[0])
     places: dict[int, str] = {}
     stage, block, owner = 0, 0, ""
-    for number in sorted(parts):
-        if "kv" in parts[number]:
+    with_kv, with_qkv = (set(_numbers(rf"blocks\.(\d+)\.(?:m\.)?{part}\.", source)) for part in ("kv", "qkv"))
+    for number in sorted(set(_numbers(_NUMBERED_THROUGH, source))):
+        if number in with_kv:
             stage, block, owner = stage + 1, 0, f"stages.{stage + 1}.downsample."
             places[number] = f"{owner}attn_downsample."
-        elif "qkv" in parts[number]:
+        elif number in with_qkv:
             owner, block = f"stages.{stage}.blocks.{block}.", block + 1
             places[number] = f"{owner}attn."
         elif owner:
@@ -143,7 +136,7 @@ def _mvit_names(source: State) -> State:
     return {_with_start(name, own): value for name, value in named.items()}
 
 
-def _numbers(pattern: str, names: Iterable[str]) -> list[int]:
+def _numbers(pattern: str | re.Pattern[str], names: Iterable[str]) -> list[int]:
     return [int(found[1]) for name in names if (found := re.match(pattern, name))]
 
 
@@ -292,9 +285,9 @@ def _fitted(name: str, value: Tensor, own: Tensor, grid: tuple[int, int] | None)
             resampled = resample_abs_pos_embed(value, list(grid), list(old), num_prefix_tokens=0)
             return resampled, f"{side} x {side} to {grid[0]} x {grid[1]} positions, bicubic"
     elif name == "patch_embed.proj.weight" and value.ndim == own.ndim == 4 and value.shape[2:] != own.shape[2:]:
-        (old_h, old_w), (new_h, new_w) = value.shape[2:], own.shape[2:]
-        how = f"{old_h} x {old_w} to {new_h} x {new_w} pixels, inverse of the image's resize"
-        return resample_patch_embed(value, [new_h, new_w]), how
+        (old_h, old_w), new = value.shape[2:], own.shape[2:]
+        how = f"{old_h} x {old_w} to {new[0]} x {new[1]} pixels, inverse of the image's resize"
+        return resample_patch_embed(value, list(new)), how
     elif re.search(r"\.rel_pos_[hw]$", name) and value.ndim == 2 and len(value) != len(own):
         return resized_table(value, len(own)), f"{len(value)} to {len(own)} distances, linear"
     elif name.endswith(".attention_biases") and value.ndim == 2 and value.shape[1] != own.shape[1]:

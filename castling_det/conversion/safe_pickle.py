@@ -248,13 +248,7 @@ for _core in ("numpy.core.multiarray", "numpy._core.multiarray"):  # the names t
 
 
 def read_torch_file(path: Path) -> Any:
-    """The content of a file that `torch.save` wrote, in its zip format or in the format before it.
-
-    Raises:
-        UnsafePickle: names the function or class that the pickle asks for.
-        ValueError: what is wrong with the file, without its name.
-        Exception: the file is damaged.
-    """
+    """The content of a file that `torch.save` wrote, in its zip format or in the format before it."""
     size = path.stat().st_size
     with path.open("rb") as file:
         zipped = file.read(4) == b"PK\x03\x04"
