@@ -39,10 +39,9 @@ _STARTS = {b"PK\x03\x04": None, b"\x80": None} | {
 
 @dataclass(frozen=True)
 class Weights:
-    """The weights that were picked from a checkpoint."""
+    """The weights that were picked from a checkpoint, by parameter name."""
 
     tensors: dict[str, Tensor]
-    """By parameter name, as the model names them."""
     key: str
     """Where they were in the checkpoint; empty when the file is the state dict itself."""
     kind: str
@@ -126,9 +125,9 @@ def select_weights(checkpoint: Mapping[str, Any], path: str | os.PathLike[str], 
     if not (swapped and kind == "online"):
         taken = ema_key if kind == "ema" else key
         return Weights(_tensors(checkpoint[taken] if taken else checkpoint, taken, path), taken, kind)
-    entries = _tensors(checkpoint[_MMENGINE_ONLINE], _MMENGINE_ONLINE, path)
-    tensors = {name.removeprefix("module."): value for name, value in entries.items() if name.startswith("module.")}
-    others = [name for name in entries if not name.startswith("module.")]
+    tensors = _tensors(checkpoint[_MMENGINE_ONLINE], _MMENGINE_ONLINE, path)
+    others = [name for name in tensors if not name.startswith("module.")]
+    tensors = {name.removeprefix("module."): value for name, value in tensors.items() if name not in others}
     dropped = {f"{_MMENGINE_ONLINE}.{name}": "counts the updates of the average" for name in others}
     return Weights(tensors, _MMENGINE_ONLINE, "online", dropped)
 
@@ -137,8 +136,9 @@ def _tensors(entries: Any, key: str, path: str | os.PathLike[str]) -> dict[str, 
     where = f"checkpoint {path}" + (f", entry {key!r}" if key else "")
     if not isinstance(entries, Mapping) or not entries:
         raise ValueError(f"{where}: no state dict in it; expected {_WANTED}")
-    foreign = [name for name, value in entries.items() if not (isinstance(name, str) and isinstance(value, Tensor))]
-    if foreign:
-        some = ", ".join(f"{name!r}" for name in foreign[:5])
+    if foreign := [
+        name for name, value in entries.items() if not (isinstance(name, str) and isinstance(value, Tensor))
+    ]:
+        some = ", ".join(map(repr, foreign[:5]))
         raise ValueError(f"{where}: no state dict in it, since {some} holds no tensor; expected {_WANTED}")
     return dict(entries)

@@ -74,7 +74,7 @@ def start_from_softmax(
             "normalizer='kernel', threshold=0.0 in the backbone and MaskAnnealingHook(schedule='constant', share=0.99)"
         )
     mask = MaskRecord(state.threshold, state.threshold_unit, state.aux_scale, "config", empty_by=None, layers={})
-    done = ("from_softmax", {})
+    done: tuple[str, dict[str, Any]] = ("from_softmax", {})
     return job.write(castling, castling_config, picked, done, measured, mask, notes, command, drift_linear=alone.drift)
 
 

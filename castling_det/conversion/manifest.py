@@ -21,14 +21,13 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class LayerMask:
-    """The most that the mask of one layer kept on any probe image."""
+    """The most that the mask of one layer kept on any probe image, of the N x N probabilities of N `tokens`."""
 
     kept_fraction: float
-    """Share of the N x N probabilities, in [0, 1]."""
+    """Share of the probabilities, in [0, 1]."""
     kept_mass: float
     """Kept probability of a row, mean over rows, in [0, 1]."""
     tokens: int
-    """Largest N."""
 
 
 @dataclass(frozen=True)
@@ -54,20 +53,18 @@ class MaskRecord:
 
 @dataclass(frozen=True)
 class Drift:
-    """Difference of one feature map between two detectors, the largest of the probe images."""
+    """Largest difference of one feature map between two detectors; `relative_rms` is over the first one's RMS."""
 
     channels: int
     max_abs: float
     relative_rms: float
-    """RMS of the difference over RMS of the first detector's map."""
 
 
 @dataclass(frozen=True)
 class ProbeRecord:
-    """The images that the mask and the drift were measured on."""
+    """The images that were measured on: `"files"` through the config's test pipeline, or `"generated"` noise."""
 
     kind: str
-    """`"files"`, through the config's test pipeline, or `"generated"` noise."""
     images: tuple[str, ...]
     shapes: tuple[tuple[int, int], ...]
     """Height and width of each as the network saw it, in pixels."""

@@ -1,8 +1,7 @@
 """Fills a backbone from a local timm, DeiT, DINOv2, LeViT or MViTv2 checkpoint, with a report.
 
-Every entry of the file is loaded, or dropped with a reason, or refused; every parameter of the model is filled or
-listed as new. Names of the models are timm's (Apache-2.0). The authors' own names are read too: facebookresearch's
-LeViT and mvit number their blocks through, and mmpretrain's MViTv2 follows the latter.
+Every entry of the file is loaded, or dropped with a reason, or refused. Parameter names are timm's (Apache-2.0).
+facebookresearch's LeViT and mvit, and mmpretrain's MViTv2, number their blocks through; their names are read too.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ class LoadReport:
     fraction: float
     """Filled share of all parameters, by element, in [0, 1]."""
     vit_fraction: float
-    """Filled share of the parameters that a ViT checkpoint can hold: all but local convolutions and a conv stem."""
+    """The same of the parameters that a ViT checkpoint can hold: all but local convolutions and a conv stem."""
 
     def __str__(self) -> str:
         # One line for the same parameter of every block.

@@ -1,8 +1,8 @@
 """Reads what `torch.save` wrote, without Python's unpickler.
 
 A pickle is a program that may call any function. This reader knows the few instructions that `torch.save` writes and
-calls nothing but the functions below, so that a result holds dicts, lists, tuples, text, numbers and tensors only.
-Limits keep a small file from costing much memory or time.
+calls nothing but the functions below: a result holds containers, text, numbers and tensors only. Limits keep a small
+file from costing much memory or time.
 """
 
 from __future__ import annotations
@@ -175,9 +175,9 @@ class _Reader:
         return type(value)([self._finished(item, depth + 1) for item in value])
 
 
-def _dict(pairs: Any) -> dict[Any, Any]:
+def _dict(items: Any) -> dict[Any, Any]:
     made = {}
-    for key, value in pairs:
+    for key, value in items.items() if isinstance(items, dict) else items:
         # The hash of a deeply nested tuple would end the process.
         if not isinstance(key, (str, int, float, type(None))):
             raise ValueError(f"its pickle has a dict with a {type(key).__name__} as key; expected text or numbers")
@@ -228,8 +228,8 @@ def _number_type(_: _Reader, code: Any, *options: Any) -> _Late:
 
 
 _CALLS: dict[str, Callable[..., Any]] = {
-    "collections.OrderedDict": lambda _, items=(): _dict(items.items() if isinstance(items, dict) else items),
-    "collections.Counter": lambda _, items=(): _dict(items.items() if isinstance(items, dict) else items),
+    "collections.OrderedDict": lambda _, items=(): _dict(items),
+    "collections.Counter": lambda _, items=(): _dict(items),
     "builtins.set": _sequence,
     "builtins.bytes": lambda _: b"",
     "builtins.getattr": _method_name,
