@@ -127,9 +127,9 @@ class Job:
         config: str | os.PathLike[str] | Config,
         source: str | os.PathLike[str],
         out: str | os.PathLike[str],
-        probe_images: Sequence[str | os.PathLike[str]] = (),
-        num_probes: int = 4,
-        shape: tuple[int, int] | None = None,
+        probe_images: Sequence[str | os.PathLike[str]],
+        num_probes: int,
+        shape: tuple[int, int] | None,
     ) -> Job:
         """Reads config and checkpoint, before anything slow; arguments as for `convert`."""
         source, out = Path(source), Path(out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from mmengine.config import Config
@@ -34,8 +35,10 @@ def start_from_softmax(
     out: str | os.PathLike[str],
     *,
     weights: str = "auto",
+    probe_images: Sequence[str | os.PathLike[str]] = (),
+    num_probes: int = 4,
+    shape: tuple[int, int] | None = None,
     command: str = "",
-    **probes: Any,
 ) -> Manifest:
     """Writes initial weights `out` for a castling training, and the manifest beside it.
 
@@ -46,14 +49,13 @@ def start_from_softmax(
         config: of the castling training, with a MaskAnnealingHook.
         source: checkpoint of a training with `attention="softmax"` of the same detector.
         out: file to write, for `load_from`.
-        weights, command: as for `convert`.
-        probes: `probe_images`, `num_probes`, `shape` as for `convert`.
+        weights, probe_images, num_probes, shape, command: as for `convert`.
 
     Raises:
         ValueError: unusable file, config or option. `out` is as it was.
         OSError: `out` cannot be written. An older `out` is as it was.
     """
-    job = Job.prepared(config, source, out, **probes)
+    job = Job.prepared(config, source, out, probe_images, num_probes, shape)
     modes = trained_attention(job.meta)
     if modes and modes != {"softmax"}:
         raise ValueError(
