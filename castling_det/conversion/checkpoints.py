@@ -21,8 +21,7 @@ WEIGHTS = ("auto", "ema", "online")
 
 _STATE_DICT_KEYS = ("state_dict", "model", "teacher", "model_state")
 _WANTED = f"tensors by name under one of {', '.join(map(repr, _STATE_DICT_KEYS))}, or in the file itself"
-# timm and DeiT keep the average beside the trained weights under a name of its own; MMEngine's EMAHook swaps the two
-# when it saves, so that `state_dict` is the average.
+# timm and DeiT keep the average under a name of its own; MMEngine's EMAHook saves it as `state_dict`.
 _EMA_BESIDE = {"state_dict": "state_dict_ema", "model": "model_ema"}
 _MMENGINE_ONLINE = "ema_state_dict"
 _STARTS = {b"PK\x03\x04": None, b"\x80": None} | {
@@ -40,10 +39,9 @@ _STARTS = {b"PK\x03\x04": None, b"\x80": None} | {
 
 @dataclass(frozen=True)
 class Weights:
-    """The weights that were picked from a checkpoint."""
+    """The weights that were picked from a checkpoint, by parameter name."""
 
     tensors: dict[str, Tensor]
-    """By parameter name, as the model names them."""
     key: str
     """Where they were in the checkpoint; empty when the file is the state dict itself."""
     kind: str
@@ -55,15 +53,13 @@ class Weights:
 def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads a `.pth` / `.pt` file, or a `.safetensors` file, onto the CPU. Nothing in the file is run.
 
-    numpy numbers come back as Python's, numpy arrays as tensors, and mmengine's logged curves (in `message_hub`) as
-    None.
-
     Returns:
-        The top-level dict as it was saved; for safetensors the tensors by name.
+        The top-level dict as it was saved, or the tensors of a safetensors file by name. numpy numbers are Python's,
+        numpy arrays are tensors, and mmengine's logged curves (in `message_hub`) are None.
 
     Raises:
-        ValueError: missing, empty, truncated or damaged file; not a checkpoint; a pickle that asks for other functions
-            than `torch.save` needs; sizes that the file's own bytes cannot hold.
+        ValueError: not a whole checkpoint; a pickle that asks for other functions than `torch.save` needs; sizes that
+            the file's own bytes cannot hold.
         OSError: the file cannot be read.
     """
     path = Path(path)
@@ -120,20 +116,18 @@ def select_weights(checkpoint: Mapping[str, Any], path: str | os.PathLike[str], 
     key = next((name for name in _STATE_DICT_KEYS if isinstance(checkpoint.get(name), Mapping)), "")
     swapped = key == "state_dict" and _MMENGINE_ONLINE in checkpoint
     ema_key = key if swapped else _EMA_BESIDE.get(key, "")
-    if ema_key not in checkpoint:
-        if weights == "ema":
-            raise ValueError(
-                f"checkpoint {path}: weights='ema', but it holds one set of weights and no average; train with "
-                "an EMAHook, or take weights='auto'"
-            )
-        return Weights(_tensors(checkpoint[key] if key else checkpoint, key, path), key, "only")
-    if weights != "online":
-        return Weights(_tensors(checkpoint[ema_key], ema_key, path), ema_key, "ema")
-    if not swapped:
-        return Weights(_tensors(checkpoint[key], key, path), key, "online")
-    entries = _tensors(checkpoint[_MMENGINE_ONLINE], _MMENGINE_ONLINE, path)
-    tensors = {name.removeprefix("module."): value for name, value in entries.items() if name.startswith("module.")}
-    others = [name for name in entries if not name.startswith("module.")]
+    kind = "only" if ema_key not in checkpoint else "online" if weights == "online" else "ema"
+    if kind == "only" and weights == "ema":
+        raise ValueError(
+            f"checkpoint {path}: weights='ema', but it holds one set of weights and no average; train with "
+            "an EMAHook, or take weights='auto'"
+        )
+    if not (swapped and kind == "online"):
+        taken = ema_key if kind == "ema" else key
+        return Weights(_tensors(checkpoint[taken] if taken else checkpoint, taken, path), taken, kind)
+    tensors = _tensors(checkpoint[_MMENGINE_ONLINE], _MMENGINE_ONLINE, path)
+    others = [name for name in tensors if not name.startswith("module.")]
+    tensors = {name.removeprefix("module."): value for name, value in tensors.items() if name not in others}
     dropped = {f"{_MMENGINE_ONLINE}.{name}": "counts the updates of the average" for name in others}
     return Weights(tensors, _MMENGINE_ONLINE, "online", dropped)
 
@@ -142,8 +136,9 @@ def _tensors(entries: Any, key: str, path: str | os.PathLike[str]) -> dict[str, 
     where = f"checkpoint {path}" + (f", entry {key!r}" if key else "")
     if not isinstance(entries, Mapping) or not entries:
         raise ValueError(f"{where}: no state dict in it; expected {_WANTED}")
-    foreign = [name for name, value in entries.items() if not (isinstance(name, str) and isinstance(value, Tensor))]
-    if foreign:
-        some = ", ".join(f"{name!r}" for name in foreign[:5])
+    if foreign := [
+        name for name, value in entries.items() if not (isinstance(name, str) and isinstance(value, Tensor))
+    ]:
+        some = ", ".join(map(repr, foreign[:5]))
         raise ValueError(f"{where}: no state dict in it, since {some} holds no tensor; expected {_WANTED}")
     return dict(entries)

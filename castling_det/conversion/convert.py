@@ -33,8 +33,8 @@ from castling_det.conversion.detectors import (
     training_config,
     with_attention,
 )
-from castling_det.conversion.manifest import FileRecord, Manifest
-from castling_det.conversion.mask_proof import Probes, measure, probes_of, prove, set_mask, unproven
+from castling_det.conversion.manifest import Drift, FileRecord, Manifest, MaskRecord
+from castling_det.conversion.mask_proof import Measurement, Probes, measure, probes_of, prove, set_mask, unproven
 from castling_det.engine.mask_annealing import META_KEY, attention_record
 from castling_det.files import atomic_write, sha256_of
 from castling_det.layers import attention_layers
@@ -79,7 +79,7 @@ def convert(
         ValueError: unusable file, config or option, or a mask not known to be empty. `out` is as it was.
         OSError: `out` cannot be written, such as on a full disk. An older `out` is as it was.
     """
-    job = Job.prepared(config, source, out, probe_images=probe_images, num_probes=num_probes, shape=shape)
+    job = Job.prepared(config, source, out, probe_images, num_probes, shape)
     if (modes := trained_attention(job.meta)) and "castling" not in modes:
         raise ValueError(
             f"checkpoint {source}: its meta says attention={', '.join(sorted(modes))!r}; only a detector "
@@ -91,25 +91,15 @@ def convert(
     load_exactly(linear, picked.tensors, source)
     state, origin = set_mask(hybrid, job.own.get("mask"), source)
     measured = measure(hybrid_config, job.probes, hybrid, linear)
-    mask, more = prove(hybrid, state, origin, measured)
+    mask, more = prove(state, origin, measured)
     notes += more
     if mask.empty_by is None:
         problem = unproven(mask, measured)
         if not allow_nonempty_mask:
             raise ValueError(f"checkpoint {source}: {problem}, or accept the change with --allow-nonempty-mask")
         notes.append(f"converted with --allow-nonempty-mask: {problem}")
-    return job.write(
-        linear,
-        linear_config,
-        picked,
-        record=("converted", {"mask_empty_by": mask.empty_by}),
-        mask=mask,
-        probes=measured.probes,
-        drift=measured.drift,
-        drift_linear=None,
-        command=command,
-        notes=notes,
-    )
+    done = ("converted", {"mask_empty_by": mask.empty_by})
+    return job.write(linear, linear_config, picked, done, measured, mask, notes, command)
 
 
 def manifest_path(out: str | os.PathLike[str]) -> Path:
@@ -137,16 +127,11 @@ class Job:
         config: str | os.PathLike[str] | Config,
         source: str | os.PathLike[str],
         out: str | os.PathLike[str],
-        *,
         probe_images: Sequence[str | os.PathLike[str]],
         num_probes: int,
         shape: tuple[int, int] | None,
     ) -> Job:
-        """Reads config and checkpoint, before anything slow.
-
-        Raises:
-            ValueError: an unusable file, a checkpoint that is converted already, or an `out` that is no new `.pth`.
-        """
+        """Reads config and checkpoint, before anything slow; arguments as for `convert`."""
         source, out = Path(source), Path(out)
         if out.suffix not in (".pth", ".pt"):
             raise ValueError(f"output {out}: expected a .pth file; the manifest takes the same name with .json")
@@ -170,23 +155,25 @@ class Job:
         model: nn.Module,
         config: Config,
         picked: Weights,
-        *,
-        record: tuple[str, Mapping[str, Any]],
+        done: tuple[str, Mapping[str, Any]],
+        measured: Measurement,
+        mask: MaskRecord,
         notes: Sequence[str],
-        **measured: Any,
+        command: str,
+        drift_linear: dict[str, Drift] | None = None,
     ) -> Manifest:
         """Writes the checkpoint of `model` and the manifest beside it, all or nothing.
 
         Args:
-            model: the detector. config: its config, which becomes `meta["cfg"]`. picked: where its weights come from.
-            record: name and content of the record of what was done, in `meta["castling_det"]`.
-            notes: to be added to those of the preparation.
-            measured: the other fields of the manifest.
+            model, config: the detector, and its config, which becomes `meta["cfg"]`.
+            picked: where its weights come from.
+            done: name and content of the record of what was done, in `meta["castling_det"]`.
+            measured, mask, notes, command, drift_linear: for the manifest.
         """
         digest = sha256_of(self.source)
         created = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         origin = {"source_sha256": digest, "weights": picked.kind, "castling_det": __version__, "created": created}
-        own = {**self.own, "attention": attention_record(attention_layers(model)), record[0]: {**origin, **record[1]}}
+        own = {**self.own, "attention": attention_record(attention_layers(model)), done[0]: {**origin, **done[1]}}
         if "cfg" in self.meta:
             own["training_cfg"] = self.meta["cfg"]
         buffer = io.BytesIO()
@@ -194,41 +181,30 @@ class Job:
         meta = {**copy.deepcopy(self.meta), "cfg": config.pretty_text, META_KEY: own}
         torch.save({"meta": meta, "state_dict": model.state_dict()}, buffer)
         content = buffer.getvalue()
-        dropped = {
-            str(name): _DROPPED.get(str(name), "not needed to run the detector")
-            for name in self.checkpoint
-            if picked.key and name not in ("meta", picked.key)
-        }
+        left = [str(name) for name in self.checkpoint if picked.key and name not in ("meta", picked.key)]
+        dropped = {name: _DROPPED.get(name, "not needed to run the detector") for name in left} | picked.dropped
+        packages = {package.__name__: str(package.__version__) for package in (torch, timm, mmengine, mmcv, mmdet)}
         manifest = Manifest(
             source=FileRecord(str(self.source), digest, self.source.stat().st_size),
             output=FileRecord(str(self.out), hashlib.sha256(content).hexdigest(), len(content)),
             config=str(self.config.filename),
-            weights={
-                "kind": picked.kind,
-                "key": picked.key,
-                "tensors": len(picked.tensors),
-                "dropped": {**dropped, **picked.dropped},
-            },
-            versions=_versions(),
+            weights={"kind": picked.kind, "key": picked.key, "tensors": len(picked.tensors), "dropped": dropped},
+            mask=mask,
+            probes=measured.probes,
+            drift=measured.drift,
+            drift_linear=drift_linear,
+            versions={"python": platform.python_version(), "castling_det": __version__, **packages},
             created=created,
+            command=command,
             notes=(*self.notes, *notes),
-            **measured,
         )
-        _write_both(self.out, content, json.dumps(manifest.to_json(), indent=2, ensure_ascii=False, allow_nan=False))
+        text = json.dumps(manifest.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
+        try:
+            # Both contents are on disk before either file takes its name.
+            with atomic_write(manifest_path(self.out)) as manifest_part, atomic_write(self.out) as checkpoint_part:
+                manifest_part.write_text(f"{text}\n", encoding="utf-8")
+                checkpoint_part.write_bytes(content)
+        except OSError as error:
+            message = f"output {self.out}: cannot be written ({error.strerror}); an older one is as it was"
+            raise OSError(error.errno, message) from error
         return manifest
-
-
-def _write_both(out: Path, content: bytes, manifest: str) -> None:
-    try:
-        # Both contents are on disk before either file takes its name.
-        with atomic_write(manifest_path(out)) as manifest_part, atomic_write(out) as checkpoint_part:
-            manifest_part.write_text(f"{manifest}\n", encoding="utf-8")
-            checkpoint_part.write_bytes(content)
-    except OSError as error:
-        message = f"output {out}: cannot be written ({error.strerror}); an older one is as it was"
-        raise OSError(error.errno, message) from error
-
-
-def _versions() -> dict[str, str]:
-    packages = {package.__name__: str(package.__version__) for package in (torch, timm, mmengine, mmcv, mmdet)}
-    return {"python": platform.python_version(), "castling_det": __version__, **packages}

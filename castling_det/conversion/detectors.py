@@ -20,32 +20,14 @@ from castling_det.conversion.checkpoints import Weights, select_weights
 from castling_det.engine.mask_annealing import META_KEY, attention_record
 from castling_det.layers import ATTENTION_MODES, attention_layers
 
-__all__ = [
-    "build_detector",
-    "check_attention",
-    "check_deployable",
-    "check_numbers",
-    "load_exactly",
-    "load_weights",
-    "own_meta",
-    "trained_attention",
-    "training_config",
-    "with_attention",
-]
+__all__ = ["build_detector", "check_deployable", "load_exactly", "load_weights", "training_config", "with_attention"]
 
-_PACKAGE = "castling_det."
-_HOOK = f"{_PACKAGE}MaskAnnealingHook"
-_DISTILLED = f"{_PACKAGE}DistilledSingleStage"
 _OF_THE_MASK = ("mode", "threshold", "threshold_unit", "eval_aux")
 """Options that change between training and deployment."""
 
 
 def training_config(config: str | os.PathLike[str] | Config) -> Config:
-    """The config of a castling training or of its deploy twin, from a file or as it is.
-
-    Raises:
-        ValueError: no such file, no `model`, or no backbone with castling or linear attention in it.
-    """
+    """The config of a castling training or of its deploy twin, from a file or as it is."""
     config = load_config(config)
     if "model" not in config:
         raise ValueError(f"config {config.filename}: has no `model`; give the config of the training")
@@ -66,7 +48,7 @@ def training_config(config: str | os.PathLike[str] | Config) -> Config:
 def with_attention(config: Config, attention: str) -> Config:
     """A copy of `config` whose model has `attention`, no initial weights, no teacher; `"linear"` drops the hook."""
     config = copy.deepcopy(config)
-    if config.model.get("type") == _DISTILLED:
+    if config.model.get("type") == "castling_det.DistilledSingleStage":
         config.model["type"] = "SingleStageDetector"
         config.model.pop("distillation", None)
     for part in _attention_parts(config.model):
@@ -75,7 +57,8 @@ def with_attention(config: Config, attention: str) -> Config:
         if "init_cfg" in part:
             part["init_cfg"] = None
     if attention == "linear" and "custom_hooks" in config:
-        config["custom_hooks"] = [hook for hook in config.custom_hooks if hook.get("type") != _HOOK]
+        others = [hook for hook in config.custom_hooks if hook.get("type") != "castling_det.MaskAnnealingHook"]
+        config["custom_hooks"] = others
     return config
 
 
@@ -93,17 +76,12 @@ def build_detector(config: Config) -> nn.Module:
 
 
 def own_meta(checkpoint: Mapping[str, Any], source: object) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The checkpoint's meta, and this package's records in it; each is empty if it is not there.
-
-    Raises:
-        ValueError: the records are no dicts.
-    """
+    """The checkpoint's meta, and this package's records in it; each is empty if it is not there."""
     meta = checkpoint.get("meta")
     meta = meta if isinstance(meta, dict) else {}
     own = meta.get(META_KEY) or {}
-    if not isinstance(own, dict) or not all(
-        isinstance(own.get(name) or {}, dict) for name in ("mask", "attention", "converted")
-    ):
+    parts = [own.get(name) or {} for name in ("mask", "attention", "converted")] if isinstance(own, dict) else [own]
+    if not all(isinstance(part, dict) for part in parts):
         raise ValueError(f"checkpoint {source}: meta[{META_KEY!r}] is no record of this package; get the file again")
     return meta, own
 
@@ -115,11 +93,7 @@ def trained_attention(meta: Mapping[str, Any]) -> set[str]:
 
 
 def check_deployable(checkpoint: Mapping[str, Any], source: object) -> tuple[dict[str, Any], list[str]]:
-    """The meta of a checkpoint whose linear attention can be used alone, and notes on what it does not say.
-
-    Raises:
-        ValueError: it was trained with another attention and is not converted.
-    """
+    """The meta of a checkpoint whose linear attention can be used alone, and notes on what it does not say."""
     meta, own = own_meta(checkpoint, source)
     modes = trained_attention(meta) | ({"castling"} if own.get("mask") else set())
     if own.get("converted") or modes == {"linear"}:
@@ -138,36 +112,20 @@ def check_deployable(checkpoint: Mapping[str, Any], source: object) -> tuple[dic
 def load_weights(
     model: nn.Module, checkpoint: Mapping[str, Any], source: str | os.PathLike[str], weights: str = "auto"
 ) -> tuple[Weights, list[str]]:
-    """Loads a checkpoint into the detector of a config. Every reader of detectors goes through here.
-
-    Args:
-        model: the detector.
-        checkpoint: what `load_checkpoint` gave.
-        source: its file, for messages.
-        weights: as for `select_weights`.
+    """Loads a checkpoint into the detector of a config, and compares the options of the attention, which no parameter
+    shows, with those that the checkpoint records.
 
     Returns:
         The weights that were loaded, and notes on what could not be checked.
-
-    Raises:
-        ValueError: see `select_weights`, `check_attention` and `load_exactly`.
     """
     picked = select_weights(checkpoint, source, weights)
     load_exactly(model, picked.tensors, source)
-    return picked, check_attention(model, own_meta(checkpoint, source)[1].get("attention"), source)
-
-
-def check_attention(model: nn.Module, recorded: Mapping[str, Any] | None, source: object) -> list[str]:
-    """Compares the options of the model's attention with those that a checkpoint records; parameters do not show them.
-
-    Raises:
-        ValueError: the first option that differs, with both values.
-    """
+    recorded = own_meta(checkpoint, source)[1].get("attention") or {}
     layers = attention_record(attention_layers(model))
     if layers and not recorded:
-        return ["the checkpoint does not state the options of its attention: those of the config were taken"]
+        return picked, ["the checkpoint does not state the options of its attention: those of the config were taken"]
     for name, options in layers.items():
-        trained = (recorded or {}).get(name)
+        trained = recorded.get(name)
         if not isinstance(trained, Mapping):
             raise ValueError(f"checkpoint {source}: states no options for the attention {name}; give its own config")
         softmax = "softmax" in (trained.get("mode"), options["mode"])
@@ -179,31 +137,19 @@ def check_attention(model: nn.Module, recorded: Mapping[str, Any] | None, source
                     f"checkpoint {source}: its attention {name} was trained with {field}={trained[field]!r}, but the "
                     f"config has {field}={value!r}; set {place}.{field} to the trained value"
                 )
-    return []
+    return picked, []
 
 
 def load_exactly(model: nn.Module, tensors: Mapping[str, Tensor], source: str | os.PathLike[str]) -> None:
-    """Loads `tensors` so that every entry finds its place and every place an entry.
-
-    Raises:
-        ValueError: missing or unexpected names, other shapes or kinds of number, values that are not finite; each is
-            named.
-    """
+    """Loads `tensors` so that every entry finds its place and every place an entry."""
     target = model.state_dict()
     faults = {
         "missing": [name for name in target if name not in tensors],
         "unexpected": [name for name in tensors if name not in target],
-        "of another shape": [
-            f"{name} {tuple(tensors[name].shape)} for {tuple(value.shape)}"
-            for name, value in target.items()
-            if name in tensors and tensors[name].shape != value.shape
-        ],
+        "of another shape": other_shapes(tensors, target),
     }
-    if named := [
-        f"{len(names)} {what}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
-        for what, names in faults.items()
-        if names
-    ]:
+    shown = {what: ", ".join(names[:5]) + ", ..." * (len(names) > 5) for what, names in faults.items()}
+    if named := [f"{len(names)} {what}: {shown[what]}" for what, names in faults.items() if names]:
         raise ValueError(
             f"checkpoint {source}: another architecture than the config's ({'; '.join(named)}); give the "
             "config that it was trained with"
@@ -213,12 +159,14 @@ def load_exactly(model: nn.Module, tensors: Mapping[str, Tensor], source: str | 
         model.load_state_dict(dict(tensors), strict=True)
 
 
-def check_numbers(tensors: Mapping[str, Tensor], target: Mapping[str, Tensor], source: str | os.PathLike[str]) -> None:
-    """Refuses numbers that the model's tensors of the same name cannot take. float16 for float32 is fine.
+def other_shapes(tensors: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> list[str]:
+    """The tensors whose shape is not that of the target's tensor of the same name, with both shapes."""
+    both = {name: (tuple(tensors[name].shape), tuple(target[name].shape)) for name in tensors if name in target}
+    return [f"{name} {one} for {own}" for name, (one, own) in both.items() if one != own]
 
-    Raises:
-        ValueError: another kind of number, such as integers for float32; NaN or infinity in the model's precision.
-    """
+
+def check_numbers(tensors: Mapping[str, Tensor], target: Mapping[str, Tensor], source: str | os.PathLike[str]) -> None:
+    """Refuses numbers that the model's tensors of the same name cannot take. float16 for float32 is fine."""
     dtypes = {name: (value.dtype, target[name].dtype) for name, value in tensors.items()}
     if kinds := [f"{name} {one} for {own}" for name, (one, own) in dtypes.items() if _kind(one) != _kind(own)]:
         raise ValueError(
@@ -240,17 +188,11 @@ def _kind(dtype: torch.dtype) -> tuple[bool, bool, bool]:
 def _attention_parts(part: Any) -> Iterator[Any]:
     """Every dict in a model config that builds something with an `attention` option."""
     if isinstance(part, dict):
-        if part.get("attention") in ATTENTION_MODES or _takes_attention(part.get("type")):
+        kind = str(part.get("type"))
+        built = MODELS.get(kind) if kind.startswith("castling_det.") else None
+        takes = built is not None and "attention" in inspect.signature(built).parameters
+        if takes or part.get("attention") in ATTENTION_MODES:
             yield part
-        for value in part.values():
+    if isinstance(part, (dict, list, tuple)):
+        for value in part.values() if isinstance(part, dict) else part:
             yield from _attention_parts(value)
-    elif isinstance(part, (list, tuple)):
-        for value in part:
-            yield from _attention_parts(value)
-
-
-def _takes_attention(kind: object) -> bool:
-    if not isinstance(kind, str) or not kind.startswith(_PACKAGE):
-        return False
-    built = MODELS.get(kind)
-    return built is not None and "attention" in inspect.signature(built).parameters

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 from mmengine.config import Config
 from torch import nn
@@ -41,9 +42,8 @@ def start_from_softmax(
 ) -> Manifest:
     """Writes initial weights `out` for a castling training, and the manifest beside it.
 
-    The parameters are the source's: all modes share them. What makes the start close to the softmax detector is how the
-    config begins, and that is measured: `normalizer="kernel"`, `threshold=0` and a MaskAnnealingHook with a `share`
-    near 1.
+    All modes share the parameters of the source. `normalizer="kernel"`, `threshold=0` and a MaskAnnealingHook with a
+    `share` near 1 in the config make the start close to the softmax detector; the manifest says how close.
 
     Args:
         config: of the castling training, with a MaskAnnealingHook.
@@ -55,7 +55,7 @@ def start_from_softmax(
         ValueError: unusable file, config or option. `out` is as it was.
         OSError: `out` cannot be written. An older `out` is as it was.
     """
-    job = Job.prepared(config, source, out, probe_images=probe_images, num_probes=num_probes, shape=shape)
+    job = Job.prepared(config, source, out, probe_images, num_probes, shape)
     modes = trained_attention(job.meta)
     if modes and modes != {"softmax"}:
         raise ValueError(
@@ -68,34 +68,20 @@ def start_from_softmax(
     load_exactly(castling, picked.tensors, source)
     alone = measure(castling_config, job.probes, softmax, castling)  # in eval mode without its softmax branch
     state = set_first_mask(castling, job.config)
-    at_start = measure(castling_config, job.probes, softmax, castling)
-    drift = max(drift.relative_rms for drift in at_start.drift.values())
+    measured = measure(castling_config, job.probes, softmax, castling)
+    drift = max(drift.relative_rms for drift in measured.drift.values())
     if drift > _CLOSE:
         notes.append(
             f"the first iteration is {drift:.0%} RMS away from the softmax detector; closest is "
             "normalizer='kernel', threshold=0.0 in the backbone and MaskAnnealingHook(schedule='constant', share=0.99)"
         )
     mask = MaskRecord(state.threshold, state.threshold_unit, state.aux_scale, "config", empty_by=None, layers={})
-    return job.write(
-        castling,
-        castling_config,
-        picked,
-        record=("from_softmax", {}),
-        mask=mask,
-        probes=at_start.probes,
-        drift=at_start.drift,
-        drift_linear=alone.drift,
-        command=command,
-        notes=notes,
-    )
+    done: tuple[str, dict[str, Any]] = ("from_softmax", {})
+    return job.write(castling, castling_config, picked, done, measured, mask, notes, command, drift_linear=alone.drift)
 
 
 def set_first_mask(castling: nn.Module, config: Config) -> MaskState:
-    """Puts every layer where the config's hook has it in the first iteration, with the branch on.
-
-    Raises:
-        ValueError: not one MaskAnnealingHook in the config.
-    """
+    """Puts every layer where the config's hook has it in the first iteration, with the branch on."""
     found = [dict(hook) for hook in config.get("custom_hooks") or [] if hook.get("type") == _HOOK]
     if len(found) != 1:
         raise ValueError(

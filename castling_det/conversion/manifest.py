@@ -21,14 +21,13 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class LayerMask:
-    """The most that the mask of one layer kept on any probe image."""
+    """The most that the mask of one layer kept on any probe image, of the N x N probabilities of N `tokens`."""
 
     kept_fraction: float
-    """Share of the N x N probabilities, in [0, 1]."""
+    """Share of the probabilities, in [0, 1]."""
     kept_mass: float
     """Kept probability of a row, mean over rows, in [0, 1]."""
     tokens: int
-    """Largest N."""
 
 
 @dataclass(frozen=True)
@@ -54,20 +53,18 @@ class MaskRecord:
 
 @dataclass(frozen=True)
 class Drift:
-    """Difference of one feature map between two detectors, the largest of the probe images."""
+    """Largest difference of one feature map between two detectors; `relative_rms` is over the first one's RMS."""
 
     channels: int
     max_abs: float
     relative_rms: float
-    """RMS of the difference over RMS of the first detector's map."""
 
 
 @dataclass(frozen=True)
 class ProbeRecord:
-    """The images that the mask and the drift were measured on."""
+    """The images that were measured on: `"files"` through the config's test pipeline, or `"generated"` noise."""
 
     kind: str
-    """`"files"`, through the config's test pipeline, or `"generated"` noise."""
     images: tuple[str, ...]
     shapes: tuple[tuple[int, int], ...]
     """Height and width of each as the network saw it, in pixels."""
@@ -110,10 +107,9 @@ class Manifest:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
         record: dict[str, Any] = msgspec.to_builtins(self)
-        record["max_abs_drift"] = self.max_abs_drift
-        record["mask"]["kept_fraction"] = self.mask.kept_fraction
-        record["mask"]["threshold"] = self.mask.threshold if self.mask.threshold < float("inf") else "inf"
-        return record
+        threshold = self.mask.threshold if self.mask.threshold < float("inf") else "inf"
+        record["mask"] |= {"kept_fraction": self.mask.kept_fraction, "threshold": threshold}
+        return record | {"max_abs_drift": self.max_abs_drift}
 
     def summary(self) -> str:
         """A short table for people."""
@@ -129,8 +125,8 @@ class Manifest:
             rows["mask empty"] = f"{empty}; largest kept fraction {mask.kept_fraction:.3g}"
         for name, drift in self.drift.items():
             rows[f"drift {name}"] = f"{drift.max_abs:.3g} ({drift.relative_rms:.2%} RMS)"
-            if self.drift_linear is not None:
-                rows[f"drift {name}"] += f", {self.drift_linear[name].relative_rms:.2%} RMS with linear attention alone"
+        for name, drift in (self.drift_linear or {}).items():
+            rows[f"drift {name}"] += f", {drift.relative_rms:.2%} RMS with linear attention alone"
         column = max(map(len, rows))
         lines = [f"{name:<{column}}  {text}" for name, text in rows.items()]
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])

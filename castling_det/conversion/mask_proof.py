@@ -21,9 +21,9 @@ from castling_det.config import input_size_of, pipeline_of
 from castling_det.conversion.manifest import Drift, LayerMask, MaskRecord, ProbeRecord
 from castling_det.layers import MaskState, attention_layers
 
-__all__ = ["DEFAULT_SHAPE", "Measurement", "Probes", "measure", "probes_of", "prove", "set_mask", "unproven"]
+__all__ = ["Measurement", "Probes", "measure", "probes_of", "prove", "set_mask", "unproven"]
 
-DEFAULT_SHAPE = (256, 256)
+_DEFAULT_SHAPE = (256, 256)
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 
 
@@ -36,12 +36,8 @@ class Probes:
     shape: tuple[int, int]
     """Height and width of generated images, in pixels."""
 
-    def batches(self, config: Config, model: Any) -> Iterator[tuple[Tensor, Tensor]]:
-        """Each image (C, H, W) behind the test pipeline, and the preprocessed batch (1, C, H, W) of it."""
-        for data in self._loaded(config) if self.files else self._generated():
-            yield data["inputs"][0], model.data_preprocessor(data, False)["inputs"]
-
-    def _loaded(self, config: Config) -> Iterator[dict[str, Any]]:
+    def loaded(self, config: Config) -> Iterator[dict[str, Any]]:
+        """Each file behind the test pipeline, as a batch of one."""
         steps = [step for step in pipeline_of(config) if "Annotations" not in str(step["type"])]
         if not steps:
             raise ValueError(f"config {config.filename}: has no test pipeline, which prepares the probe images")
@@ -53,7 +49,8 @@ class Probes:
                 raise ValueError(f"probe image {file}: cannot be read ({error}); give whole images") from error
             yield pseudo_collate([data])
 
-    def _generated(self) -> Iterator[dict[str, Any]]:
+    def generated(self) -> Iterator[dict[str, Any]]:
+        """Batches of one image of smooth noise."""
         generator = torch.Generator().manual_seed(0)
         for _ in range(self.number):
             coarse = torch.randn(1, 3, 8, 8, generator=generator) * 50 + 118
@@ -74,11 +71,7 @@ class Measurement:
 def probes_of(
     config: Config, images: Sequence[str | os.PathLike[str]], number: int, shape: tuple[int, int] | None
 ) -> tuple[Probes, list[str]]:
-    """At most `number` of the images in files and folders, evenly spaced; or noise of `shape`. With notes.
-
-    Raises:
-        ValueError: no image among the paths, or a number or sides below 1.
-    """
+    """At most `number` of the images in files and folders, evenly spaced; or noise of `shape`. With notes."""
     if number < 1:
         raise ValueError(f"num_probes={number}: expected at least 1")
     if shape is not None and min(shape) < 1:
@@ -93,26 +86,18 @@ def probes_of(
         raise ValueError(f"probe images: none in {', '.join(map(str, images))}; expected {', '.join(_SUFFIXES)} files")
     count = min(number, len(files))
     chosen = tuple(files[index * len(files) // count] for index in range(count))
-    notes = []
-    if shape is None and (shape := input_size_of(config)) is None:
-        shape = DEFAULT_SHAPE
-        notes = [f"the config states no input size: {shape[0]} x {shape[1]} pixels were taken"]
-    return Probes(chosen, number, shape), notes
+    if shape := shape or input_size_of(config):
+        return Probes(chosen, number, shape), []
+    height, width = _DEFAULT_SHAPE
+    note = f"the config states no input size: {height} x {width} pixels were taken"
+    return Probes(chosen, number, _DEFAULT_SHAPE), [note]
 
 
 def set_mask(hybrid: nn.Module, recorded: Mapping[str, Any] | None, source: object) -> tuple[MaskState, str]:
     """Puts every castling layer where the training left it, with its softmax branch on.
 
-    Args:
-        hybrid: the detector.
-        recorded: MaskAnnealingHook's record in the checkpoint; None takes the state of the config.
-        source: the checkpoint, for messages.
-
     Returns:
-        The state, and where it came from: `"checkpoint"` or `"config"`.
-
-    Raises:
-        ValueError: the record is incomplete or out of range.
+        The state, and its origin: `"checkpoint"` (`recorded` by MaskAnnealingHook), or else `"config"`.
     """
     layers = attention_layers(hybrid, "castling").values()
     try:
@@ -124,6 +109,7 @@ def set_mask(hybrid: nn.Module, recorded: Mapping[str, Any] | None, source: obje
     return state, "checkpoint" if recorded else "config"
 
 
+@torch.inference_mode()
 def measure(config: Config, probes: Probes, first: Any, second: Any) -> Measurement:
     """Runs two detectors on every probe image, measures the masks of the first and compares the feature maps."""
     layers = attention_layers(first, "castling")
@@ -136,31 +122,28 @@ def measure(config: Config, probes: Probes, first: Any, second: Any) -> Measurem
         layer.register_forward_pre_hook(lambda _, inputs, name=name: tokens.update({name: inputs[0].shape[1]}))
         for name, layer in layers.items()
     ]
-    try:
-        with torch.inference_mode():
-            for image, batch in probes.batches(config, first):
-                shapes.append((int(batch.shape[-2]), int(batch.shape[-1])))
-                one_color = torch.equal(image.amax((-2, -1)), image.amin((-2, -1)))
-                if not one_color and not any(torch.equal(image, other) for other in different):
-                    different.append(image)
-                before, after = _feature_maps(first, batch), _feature_maps(second, batch)
-                for name, layer in layers.items():
-                    assert layer.mask_stats is not None, "set_mask leaves the branch on"
-                    fraction, mass = map(float, layer.mask_stats)
-                    kept[name] = _larger(kept.get(name), LayerMask(fraction, mass, tokens[name]))
-                for name, feature_map in before.items():
-                    drift[name] = _larger(drift.get(name), _drift(feature_map, after[name]))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    for data in probes.loaded(config) if probes.files else probes.generated():
+        image, batch = data["inputs"][0], first.data_preprocessor(data, False)["inputs"]
+        shapes.append((int(batch.shape[-2]), int(batch.shape[-1])))
+        one_color = torch.equal(image.amax((-2, -1)), image.amin((-2, -1)))
+        if not one_color and not any(torch.equal(image, other) for other in different):
+            different.append(image)
+        before, after = _feature_maps(first, batch), _feature_maps(second, batch)
+        for name, layer in layers.items():
+            assert layer.mask_stats is not None, "set_mask leaves the branch on"
+            fraction, mass = map(float, layer.mask_stats)
+            kept[name] = _larger(kept.get(name), LayerMask(fraction, mass, tokens[name]))
+        for name, feature_map in before.items():
+            drift[name] = _larger(drift.get(name), _drift(feature_map, after[name]))
+    for hook in hooks:
+        hook.remove()
     images = tuple(map(str, probes.files)) or tuple(f"generated {index}" for index in range(probes.number))
     record = ProbeRecord("files" if probes.files else "generated", images, tuple(shapes), len(different))
     return Measurement(record, kept, drift)
 
 
-def prove(hybrid: nn.Module, state: MaskState, origin: str, measured: Measurement) -> tuple[MaskRecord, list[str]]:
+def prove(state: MaskState, origin: str, measured: Measurement) -> tuple[MaskRecord, list[str]]:
     """Why the mask is empty: by its state for any input, or on real images that differ. With notes."""
-    layers = attention_layers(hybrid, "castling")
     empty_by = None
     notes = []
     if origin == "config":
@@ -169,17 +152,14 @@ def prove(hybrid: nn.Module, state: MaskState, origin: str, measured: Measuremen
         )
     if state.aux_scale == 0:
         empty_by = "aux_scale"
-    elif all(state.is_empty(measured.layers[name].tokens) for name in layers):
+    elif all(state.is_empty(layer.tokens) for layer in measured.layers.values()):
         empty_by = "threshold"
         if state.threshold_unit == "uniform" and math.isfinite(state.threshold):
             notes.append(f"the mask is empty for maps of up to {math.floor(state.threshold)} tokens")
     elif measured.probes.kind == "files" and measured.probes.different > 1 and not _kept(measured):
         empty_by = "probe images"
         notes.append("nothing passed the mask on the probe images; other images may differ")
-    record = MaskRecord(
-        state.threshold, state.threshold_unit, state.aux_scale, origin, empty_by=empty_by, layers=measured.layers
-    )
-    return record, notes
+    return MaskRecord(**dataclasses.asdict(state), origin=origin, empty_by=empty_by, layers=measured.layers), notes
 
 
 def unproven(mask: MaskRecord, measured: Measurement) -> str:

@@ -1,8 +1,7 @@
 """Fills a backbone from a local timm, DeiT, DINOv2, LeViT or MViTv2 checkpoint, with a report.
 
-Every entry of the file is loaded, or dropped with a reason, or refused; every parameter of the model is filled or
-listed as new. Names of the models are timm's (Apache-2.0). The authors' own names are read too: facebookresearch's
-LeViT and mvit number their blocks through, and mmpretrain's MViTv2 follows the latter.
+Every entry of the file is loaded, or dropped with a reason, or refused. Parameter names are timm's (Apache-2.0).
+facebookresearch's LeViT and mvit, and mmpretrain's MViTv2, number their blocks through; their names are read too.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from mmengine.logging import print_log
@@ -19,7 +18,7 @@ from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import Tensor, nn
 
 from castling_det.conversion.checkpoints import load_checkpoint, select_weights
-from castling_det.conversion.detectors import check_numbers, load_weights
+from castling_det.conversion.detectors import check_numbers, load_weights, other_shapes
 from castling_det.layers.levit_attention import resized_biases
 from castling_det.layers.mvit import resized_table
 from castling_det.registry import WEIGHT_INITIALIZERS
@@ -49,15 +48,13 @@ class LoadReport:
     fraction: float
     """Filled share of all parameters, by element, in [0, 1]."""
     vit_fraction: float
-    """Filled share of the parameters that a ViT checkpoint can hold: all but local convolutions and a conv stem."""
+    """The same of the parameters that a ViT checkpoint can hold: all but local convolutions and a conv stem."""
 
     def __str__(self) -> str:
         # One line for the same parameter of every block.
         new = Counter(re.sub(r"\b(stages|blocks)\.\d+\.", r"\1.*.", name) for name in self.new)
-        lines = [
-            f"{self.source}: {self.fraction:.1%} of the parameters loaded "
-            f"({self.vit_fraction:.1%} of those that a ViT checkpoint can hold)"
-        ]
+        held = f"{self.vit_fraction:.1%} of those that a ViT checkpoint can hold"
+        lines = [f"{self.source}: {self.fraction:.1%} of the parameters loaded ({held})"]
         lines += [f"  resized  {name}: {how}" for name, how in self.resized.items()]
         lines += [f"  new      {name}" + (f" ({count})" if count > 1 else "") for name, count in new.items()]
         lines += [f"  dropped  {name}: {reason}" for name, reason in self.dropped.items()]
@@ -66,23 +63,21 @@ class LoadReport:
 
 @dataclass(frozen=True)
 class _Family:
-    """The checkpoints of one architecture."""
+    """The checkpoints of one architecture; `block`, `essential`, `dropped` and `logits` hold patterns of names."""
 
     name: str
     starts: tuple[str, ...]
     """Names that follow the prefix in every file."""
     block: str
-    """Pattern of a block's name."""
     essential: str
-    """Pattern of names outside of blocks that change what the network computes."""
+    """Entries outside of blocks that change what the network computes."""
     dropped: dict[str, str]
-    """Pattern of a name that the model can do without: the reason."""
+    """Entries that the model can do without: the reason."""
     logits: tuple[str, str]
-    """Pattern of parameters that only softmax attention has, and what they are."""
+    """Parameters that only softmax attention has, and what they are."""
     hint: str
     """What to change in the config where an entry has no place."""
     renamed: Callable[[State], State]
-    """The entries under the model's names."""
 
     def drop_reason(self, name: str, target: State) -> str:
         """Why the model can do without an entry that it has no parameter for; empty when it cannot."""
@@ -99,23 +94,16 @@ class _Family:
         return ""
 
 
-def _vit_names(source: State) -> State:
-    return {"reg_token" if name == "register_tokens" else name: value for name, value in source.items()}
-
-
 def _levit_names(source: State) -> State:
     """The authors number attention and MLP in turn; attention with `kv` starts a stage."""
-    parts: dict[int, set[str]] = {}
-    for name in source:
-        if found := _NUMBERED_THROUGH.match(name):
-            parts.setdefault(int(found[1]), set()).add(found[2].split(".")[0])
     places: dict[int, str] = {}
     stage, block, owner = 0, 0, ""
-    for number in sorted(parts):
-        if "kv" in parts[number]:
+    with_kv, with_qkv = (set(_numbers(rf"blocks\.(\d+)\.(?:m\.)?{part}\.", source)) for part in ("kv", "qkv"))
+    for number in sorted(set(_numbers(_NUMBERED_THROUGH, source))):
+        if number in with_kv:
             stage, block, owner = stage + 1, 0, f"stages.{stage + 1}.downsample."
             places[number] = f"{owner}attn_downsample."
-        elif "qkv" in parts[number]:
+        elif number in with_qkv:
             owner, block = f"stages.{stage}.blocks.{block}.", block + 1
             places[number] = f"{owner}attn."
         elif owner:
@@ -133,8 +121,7 @@ def _levit_names(source: State) -> State:
 
 def _mvit_names(source: State) -> State:
     """In a net whose blocks are numbered through, the blocks that project their shortcut start a stage."""
-    projecting = [re.match(r"blocks\.(\d+)\.proj\.weight", name) for name in source]
-    starts = [0, *sorted(int(found[1]) for found in projecting if found)]
+    starts = sorted({0, *_numbers(r"blocks\.(\d+)\.proj\.weight", source)})
     named = {}
     for name, value in source.items():
         if found := _NUMBERED_THROUGH.match(name):
@@ -143,9 +130,13 @@ def _mvit_names(source: State) -> State:
             rest = _with_start(found[2], {"proj.": "shortcut_proj_attn."})
             name = f"stages.{stage}.blocks.{number - starts[stage]}.{rest}"
         named[name] = value
-    last = max((int(found[1]) for name in named if (found := re.match(r"stages\.(\d+)\.", name))), default=0)
+    last = max(_numbers(r"stages\.(\d+)\.", named), default=0)
     own = {"patch_embed.projection.": "patch_embed.proj.", "norm.": f"norm{last}."}
     return {_with_start(name, own): value for name, value in named.items()}
+
+
+def _numbers(pattern: str | re.Pattern[str], names: Iterable[str]) -> list[int]:
+    return [int(found[1]) for name in names if (found := re.match(pattern, name))]
 
 
 def _with_start(name: str, starts: dict[str, str]) -> str:
@@ -170,7 +161,7 @@ _VIT = _Family(
     },
     (r"$^", ""),
     "take a plain ViT, or give the backbone the same options; layer scale (ls1, ls2) needs init_values (1e-5)",
-    _vit_names,
+    lambda source: {{"register_tokens": "reg_token"}.get(name, name): value for name, value in source.items()},
 )
 _LEVIT = _Family(
     "LeViT",
@@ -199,33 +190,30 @@ def load_pretrained(
 ) -> LoadReport:
     """Fills a `CastlingViT`, `CastlingLeViT` or `CastlingMViT` from a checkpoint file, in place.
 
-    Position embeddings and biases are interpolated to the model's grid and the patch kernel resampled to its patch
-    size. The class token takes up its own position, since the model keeps positions for patches only: the same
-    function.
+    Position embeddings, biases and the patch kernel are resampled to the model's grid and patch size. The model keeps
+    positions for patches only, so the class token's position is added to the token.
 
     Args:
         backbone: the model.
         path: `.pth`, `.pt` or `.safetensors` of timm, DeiT, DINOv2, LeViT, MViTv2, or of a detector with this backbone.
-        min_fraction: smallest share to be loaded, in [0, 1], of the parameters that a ViT checkpoint can
-            hold; the local convolutions and a convolutional stem are not counted.
+        min_fraction: smallest share to be loaded, in [0, 1], of all parameters but local convolutions and a conv stem.
         weights: `"auto"`, `"ema"` or `"online"`, as `castling_det.conversion.select_weights` takes it.
 
     Raises:
-        ValueError: unreadable file, another width, block layout or kind of number, values that are not finite, or
-            less than `min_fraction` loaded. The backbone is then as it was.
+        ValueError: unreadable file, another architecture, unusable numbers, or less than `min_fraction` loaded. The
+            backbone is then as it was.
     """
     if not 0 <= min_fraction <= 1:
         raise ValueError(f"min_fraction={min_fraction}: expected a share in [0, 1], such as 0.95")
     tensors = select_weights(load_checkpoint(path), path, weights).tensors
     target: State = backbone.state_dict()
-    levit = any(name.startswith("stem.conv1.") for name in target)
-    family = _LEVIT if levit else _MVIT if "stages.0.blocks.0.attn.pool_q.weight" in target else _VIT
+    levit, mvit = "stem.conv1.linear.weight" in target, "stages.0.blocks.0.attn.pool_q.weight" in target
+    family = _LEVIT if levit else _MVIT if mvit else _VIT
     own = [name for name in tensors if any(start in name for start in family.starts)]
     prefix = next((p for p in _PREFIXES if any(name.startswith(p) for name in own)), "")
     dropped = {name: f"not under {prefix!r}" for name in tensors if not name.startswith(prefix)}
-    source = {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
-    source = family.renamed(source)
-    resized: dict[str, str] = {}
+    own_state = {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
+    source, resized = family.renamed(own_state), dict[str, str]()
     if family is _VIT:
         _split_positions(source, target, resized)
     dropped |= {name: family.drop_reason(name, target) for name in source if name not in target}
@@ -238,16 +226,17 @@ def load_pretrained(
     for name, value in filled.items():
         filled[name], how = _fitted(name, value, target[name], getattr(backbone, "pos_grid", None))
         resized |= {name: how} if how else {}
-    if wrong := [
-        f"{n} {(*v.shape,)} for {(*target[n].shape,)}" for n, v in filled.items() if v.shape != target[n].shape
-    ]:
+    if wrong := other_shapes(filled, target):
         raise ValueError(
             f"checkpoint {path}: {len(wrong)} shapes differ from the backbone's, such as "
             f"{'; '.join(wrong[:3])}; give the backbone its arch or embed_dims, mlp_ratio and in_channels"
         )
     check_numbers(filled, target, path)
     new = tuple(name for name in target if name not in filled)
-    shares = _shares({name: parameter.numel() for name, parameter in backbone.named_parameters()}, filled)
+    elements = {name: parameter.numel() for name, parameter in backbone.named_parameters()}
+    count = sum(number for name, number in elements.items() if name in filled)
+    in_vits = sum(n for name, n in elements.items() if name in filled or not _NEVER_IN_A_VIT.match(name))
+    shares = (count / sum(elements.values()), count / in_vits)
     report = LoadReport(os.fspath(path), tuple(filled), resized, new, dropped, *shares)
     if report.vit_fraction < min_fraction:
         raise ValueError(
@@ -295,9 +284,9 @@ def _fitted(name: str, value: Tensor, own: Tensor, grid: tuple[int, int] | None)
             resampled = resample_abs_pos_embed(value, list(grid), list(old), num_prefix_tokens=0)
             return resampled, f"{side} x {side} to {grid[0]} x {grid[1]} positions, bicubic"
     elif name == "patch_embed.proj.weight" and value.ndim == own.ndim == 4 and value.shape[2:] != own.shape[2:]:
-        (old_h, old_w), (new_h, new_w) = value.shape[2:], own.shape[2:]
-        how = f"{old_h} x {old_w} to {new_h} x {new_w} pixels, inverse of the image's resize"
-        return resample_patch_embed(value, [new_h, new_w]), how
+        (old_h, old_w), new = value.shape[2:], own.shape[2:]
+        how = f"{old_h} x {old_w} to {new[0]} x {new[1]} pixels, inverse of the image's resize"
+        return resample_patch_embed(value, list(new)), how
     elif re.search(r"\.rel_pos_[hw]$", name) and value.ndim == 2 and len(value) != len(own):
         return resized_table(value, len(own)), f"{len(value)} to {len(own)} distances, linear"
     elif name.endswith(".attention_biases") and value.ndim == 2 and value.shape[1] != own.shape[1]:
@@ -312,13 +301,6 @@ def _fitted(name: str, value: Tensor, own: Tensor, grid: tuple[int, int] | None)
 
 def _is_square(count: int) -> bool:
     return count > 0 and math.isqrt(count) ** 2 == count
-
-
-def _shares(elements: dict[str, int], filled: State) -> tuple[float, float]:
-    """Filled share of all parameters, and of those that a ViT checkpoint can hold, by element."""
-    count = sum(number for name, number in elements.items() if name in filled)
-    in_vits = sum(n for name, n in elements.items() if name in filled or not _NEVER_IN_A_VIT.match(name))
-    return count / sum(elements.values()), count / in_vits
 
 
 @WEIGHT_INITIALIZERS.register_module(name="Pretrained")

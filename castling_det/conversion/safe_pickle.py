@@ -1,8 +1,8 @@
 """Reads what `torch.save` wrote, without Python's unpickler.
 
 A pickle is a program that may call any function. This reader knows the few instructions that `torch.save` writes and
-calls nothing but the functions below, so that a result holds dicts, lists, tuples, text, numbers and tensors only.
-Limits keep a small file from costing much memory or time.
+calls nothing but the functions below: a result holds containers, text, numbers and tensors only. Limits keep a small
+file from costing much memory or time.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import math
 import pickletools
 import zipfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,36 +29,38 @@ MAX_ENTRIES = 1_000_000
 MAX_DEPTH = 100
 """Containers inside one another; a training checkpoint has about ten."""
 
-_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LITERALS = ("NONE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING")
+_CONSTANTS: dict[str, Callable[[], Any]] = {
+    "NEWTRUE": lambda: True,
+    "NEWFALSE": lambda: False,
+    "EMPTY_DICT": dict,
+    "EMPTY_LIST": list,
+    "EMPTY_TUPLE": tuple,
+}
 _NUMBERS = frozenset(np.dtype(code).str[1:] for code in "?bBhHiIlLqQefd")
 _ALIKE = ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Bool")
 _OTHERS = {"Char": torch.int8, "Byte": torch.uint8, "ComplexFloat": torch.cfloat, "ComplexDouble": torch.cdouble}
-_STORAGES: dict[str, torch.dtype] = {
-    f"torch.{name}Storage": dtype
-    for name, dtype in ({name: getattr(torch, name.lower()) for name in _ALIKE} | _OTHERS).items()
-}
+_DTYPES = {name: getattr(torch, name.lower()) for name in _ALIKE} | _OTHERS
+_STORAGES = {f"torch.{name}Storage": dtype for name, dtype in _DTYPES.items()}
 
 
 class UnsafePickle(ValueError):
     """The pickle asks for a function or a class that this reader does not know."""
 
 
+@dataclass
 class _Global:
-    """A function or class that a pickle names, of those that the reader knows."""
+    """A function or class that a pickle names."""
 
-    def __init__(self, name: str) -> None:
-        if name not in _CALLS and name not in _STORAGES:
-            raise UnsafePickle(name)
-        self.name = name
+    name: str
 
 
+@dataclass
 class _Late:
-    """What a pickle makes first and fills later: a numpy `dtype`, an `array` or a logged `curve`."""
+    """An object that a pickle makes first and fills later: a numpy `dtype`, an `array` or a logged `curve`."""
 
-    def __init__(self, kind: str, value: Any = None) -> None:
-        self.kind = kind
-        self.value = value
+    kind: str
+    value: Any = None
 
     def fill(self, reader: _Reader, state: Any) -> None:
         """Takes the state that the pickle gives. A curve drops it: nobody needs the curves of a checkpoint."""
@@ -72,11 +75,9 @@ class _Late:
 
 
 class _Reader:
-    """Runs one pickle after the other; all share the limit on bytes.
+    """Runs one pickle after the other of a file of `size` bytes; all share the limit on bytes.
 
-    Args:
-        size: of the file in bytes.
-        storage: gives the bytes of a storage, (n,), from its key and its number of bytes.
+    `storage` gives the bytes of a storage, (n,), from its key and its number of bytes.
     """
 
     def __init__(self, size: int, storage: Callable[[str, int], Tensor]) -> None:
@@ -108,14 +109,10 @@ class _Reader:
         match name:
             case "PROTO" | "STOP":
                 pass
-            case "NEWTRUE" | "NEWFALSE":
-                stack.append(name == "NEWTRUE")
-            case "EMPTY_DICT":
-                stack.append({})
-            case "EMPTY_LIST":
-                stack.append([])
-            case "EMPTY_TUPLE":
-                stack.append(())
+            case _ if name in _CONSTANTS:
+                stack.append(_CONSTANTS[name]())
+            case _ if name in _LITERALS:
+                stack.append(argument)
             case "MARK":
                 self.marks.append(len(stack))
             case "TUPLE":
@@ -133,7 +130,10 @@ class _Reader:
             case "BINGET" | "LONG_BINGET":
                 stack.append(self.memo[argument])
             case "GLOBAL":
-                stack.append(_Global(argument.replace("__builtin__", "builtins").replace(" ", ".")))
+                known = argument.replace("__builtin__", "builtins").replace(" ", ".")
+                if known not in _CALLS and known not in _STORAGES:
+                    raise UnsafePickle(known)
+                stack.append(_Global(known))
             case "REDUCE" | "NEWOBJ":
                 function, arguments = self._popped(-2)
                 stack.append(_CALLS[function.name](self, *arguments))
@@ -143,8 +143,6 @@ class _Reader:
                     stack[-1].fill(self, state)  # the attributes of anything else are not needed
             case "BINPERSID":
                 stack.append(self._storage(*stack.pop()))
-            case _ if name in _LITERALS:
-                stack.append(argument)
             case _:
                 raise ValueError(f"its pickle has the instruction {name}, which torch.save does not write")
 
@@ -177,18 +175,14 @@ class _Reader:
         return type(value)([self._finished(item, depth + 1) for item in value])
 
 
-def _dict(pairs: Any) -> dict[Any, Any]:
+def _dict(items: Any) -> dict[Any, Any]:
     made = {}
-    for key, value in pairs:
+    for key, value in items.items() if isinstance(items, dict) else items:
         # The hash of a deeply nested tuple would end the process.
         if not isinstance(key, (str, int, float, type(None))):
             raise ValueError(f"its pickle has a dict with a {type(key).__name__} as key; expected text or numbers")
         made[key] = value
     return made
-
-
-def _mapping(_: _Reader, items: Any = ()) -> dict[Any, Any]:
-    return _dict(items.items() if isinstance(items, dict) else items)
 
 
 def _sequence(reader: _Reader, items: Any = ()) -> list[Any]:
@@ -210,6 +204,10 @@ def _method_name(_: _Reader, owner: Any, name: str) -> str:
     return name
 
 
+def _no_array(_: _Reader, *arguments: Any) -> None:
+    raise ValueError("it has a numpy array without values")
+
+
 def _tensor(reader: _Reader, storage: Tensor, offset: int, size: Any, stride: Any, *_: Any) -> Tensor:
     if not all(type(number) is int and number >= 0 for number in (offset, *size, *stride)):
         raise ValueError(f"it has a tensor of shape {size!r:.80} and strides {stride!r:.80}")
@@ -229,13 +227,9 @@ def _number_type(_: _Reader, code: Any, *options: Any) -> _Late:
     return _Late("dtype", np.dtype(text))
 
 
-def _no_array(_: _Reader, *arguments: Any) -> None:
-    raise ValueError("it has a numpy array without values")
-
-
 _CALLS: dict[str, Callable[..., Any]] = {
-    "collections.OrderedDict": _mapping,
-    "collections.Counter": _mapping,
+    "collections.OrderedDict": lambda _, items=(): _dict(items),
+    "collections.Counter": lambda _, items=(): _dict(items),
     "builtins.set": _sequence,
     "builtins.bytes": lambda _: b"",
     "builtins.getattr": _method_name,
@@ -254,20 +248,12 @@ for _core in ("numpy.core.multiarray", "numpy._core.multiarray"):  # the names t
 
 
 def read_torch_file(path: Path) -> Any:
-    """The content of a file that `torch.save` wrote, in its zip format or in the format before it.
-
-    Raises:
-        UnsafePickle: names the function or class that the pickle asks for.
-        ValueError: what is wrong with the file, without its name.
-        Exception: the file is damaged.
-    """
+    """The content of a file that `torch.save` wrote, in its zip format or in the format before it."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        if file.read(4) != b"PK\x03\x04":
-            file.seek(0)
-            return _read_legacy(file, size)
-        with zipfile.ZipFile(file) as archive:
-            return _read_archive(archive, size)
+        zipped = file.read(4) == b"PK\x03\x04"
+        file.seek(0)
+        return _read_archive(zipfile.ZipFile(file), size) if zipped else _read_legacy(file, size)
 
 
 def _read_archive(archive: zipfile.ZipFile, size: int) -> Any:
@@ -307,10 +293,9 @@ def _read_legacy(file: BinaryIO, size: int) -> Any:
         return storages[key]
 
     reader = _Reader(size, storage)
-    if reader.load(file) != _LEGACY_MAGIC:
+    if reader.load(file) != 0x1950A86A20F9469CFC6C:
         raise ValueError("it is a pickle that torch.save did not write")
-    reader.load(file)  # version of the format
-    reader.load(file)  # the machine that wrote it
+    reader.load(file), reader.load(file)  # version of the format, and the machine that wrote it
     content, keys = reader.load(file), list(map(str, reader.load(file)))
     if sorted(keys) != sorted(storages):
         raise ValueError("its tensors need other storages than it has")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from mmengine.config import Config
 from PIL import Image
 from safetensors.torch import save_file
 
+from castling_det.conversion import load_pretrained
 from castling_det.conversion.detectors import build_detector
 from castling_det.engine.mask_annealing import attention_record
 from castling_det.layers import attention_layers
@@ -44,11 +46,7 @@ _TINY = dict(
             stacked_convs=1,
             norm_cfg=dict(type="GN", num_groups=4),
             anchor_generator=dict(
-                type="AnchorGenerator",
-                ratios=[1.0],
-                octave_base_scale=4,
-                scales_per_octave=1,
-                strides=[8, 16],
+                type="AnchorGenerator", ratios=[1.0], octave_base_scale=4, scales_per_octave=1, strides=[8, 16]
             ),
             loss_cls=dict(type="QualityFocalLoss", use_sigmoid=True, beta=2.0, loss_weight=1.0),
             loss_dfl=dict(type="DistributionFocalLoss", loss_weight=0.25),
@@ -57,11 +55,7 @@ _TINY = dict(
         ),
         train_cfg=dict(assigner=dict(type="ATSSAssigner", topk=9), allowed_border=-1, pos_weight=-1, debug=False),
         test_cfg=dict(
-            nms_pre=100,
-            min_bbox_size=0,
-            score_thr=0.0,
-            nms=dict(type="nms", iou_threshold=0.6),
-            max_per_img=20,
+            nms_pre=100, min_bbox_size=0, score_thr=0.0, nms=dict(type="nms", iou_threshold=0.6), max_per_img=20
         ),
     ),
     test_dataloader=dict(
@@ -172,6 +166,19 @@ def saved(tmp_path):
         return path
 
     return save
+
+
+@pytest.fixture
+def assert_refused(saved):
+    """`assert_refused(backbone, state, message)`: the file is refused, and the backbone is as it was."""
+
+    def check(backbone, state, message, **options):
+        before = {name: value.clone() for name, value in backbone.state_dict().items()}
+        with pytest.raises(ValueError, match=re.compile(message, re.DOTALL)):
+            load_pretrained(backbone, saved(state), **options)
+        torch.testing.assert_close(dict(backbone.state_dict()), before, rtol=0, atol=0)
+
+    return check
 
 
 @pytest.fixture

@@ -90,15 +90,10 @@ def test_a_start_that_is_not_close_is_said(training, softmax_checkpoint, tmp_pat
         assert "away from the softmax detector; closest is normalizer='kernel'" in record.notes[1]
     else:
         assert len(record.notes) == 1
-    closest = start_from_softmax(_closest(training), softmax_checkpoint[0], tmp_path / "closest.pth", **FAST)
+    set_options(training, normalizer="kernel", threshold=0.0)
+    training.custom_hooks = [dict(HOOK)]
+    closest = start_from_softmax(training, softmax_checkpoint[0], tmp_path / "closest.pth", **FAST)
     assert closest.relative_drift < record.relative_drift
-
-
-def _closest(training):
-    config = training.copy()
-    set_options(config, normalizer="kernel", threshold=0.0)
-    config.custom_hooks = [dict(HOOK)]
-    return config
 
 
 def test_refusals(training, softmax_checkpoint, runner_checkpoint, tmp_path):
@@ -121,16 +116,7 @@ def test_refusals(training, softmax_checkpoint, runner_checkpoint, tmp_path):
     assert not out.exists()
 
 
-def test_a_teacher_is_left_behind(training):
-    """What is converted, and deployed, is the plain detector."""
-    training.model.update(type="castling_det.DistilledSingleStage", distillation=dict(checkpoint="teacher.pth"))
-    for mode in ("castling", "linear"):
-        config = with_attention(training, mode)
-        assert config.model.type == "SingleStageDetector" and "distillation" not in config.model
-    assert training.model.type == "castling_det.DistilledSingleStage", "the config given is not changed"
-
-
-def test_a_distilled_training_is_converted(training, softmax_checkpoint, tmp_path):
+def test_a_distilled_training_is_converted_without_its_teacher(training, softmax_checkpoint, tmp_path):
     _, state = softmax_checkpoint
     training.model.update(type="castling_det.DistilledSingleStage", distillation=dict(checkpoint="teacher.pth"))
     mask = dict(threshold=float("inf"), threshold_unit="absolute", aux_scale=0.0)
@@ -140,3 +126,4 @@ def test_a_distilled_training_is_converted(training, softmax_checkpoint, tmp_pat
     assert manifest.mask.empty_by == "aux_scale" and manifest.max_abs_drift == 0.0
     text = load_checkpoint(tmp_path / "deploy.pth")["meta"]["cfg"]
     assert "Distilled" not in text and "teacher.pth" not in text
+    assert training.model.type == "castling_det.DistilledSingleStage", "the config given is not changed"

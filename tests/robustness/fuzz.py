@@ -23,10 +23,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from mmdet.datasets import CocoDataset
+from safetensors.torch import save
 
 from castling_det.conversion import load_checkpoint, select_weights
 from castling_det.datasets.checks import check_annotation_file, raise_for_problems
 from castling_det.report.records import this_machine
+from tests.datasets.test_dataset_checks import sound
 from tests.robustness.hostile_files import saved
 from tests.robustness.mutations import mutated_bytes, mutated_json, mutated_pickle, mutated_safetensors
 from tests.robustness.records import FuzzReport, FuzzTarget, write_fuzz
@@ -66,36 +69,6 @@ def runner_checkpoint() -> dict[str, Any]:
     }
 
 
-def coco_file() -> bytes:
-    """Two images, three boxes, two categories; the images need not exist."""
-    return json.dumps(
-        {
-            "info": {"year": 2026},
-            "images": [{"id": i, "file_name": f"{i}.png", "width": 100, "height": 80} for i in (1, 2)],
-            "annotations": [
-                {
-                    "id": i,
-                    "image_id": 1 + i % 2,
-                    "category_id": 1 + i % 2,
-                    "bbox": [4.0, 5, 20, 30.5],
-                    "area": 610.0,
-                    "iscrowd": 0,
-                    "segmentation": [[4, 5, 24, 5, 24, 35]],
-                }
-                for i in (1, 2, 3)
-            ],
-            "categories": [{"id": 1, "name": "oak"}, {"id": 2, "name": "fir"}],
-        }
-    ).encode()
-
-
-def safetensors_file() -> bytes:
-    """Three tensors."""
-    from safetensors.torch import save
-
-    return save({"a.weight": torch.randn(4, 3), "a.bias": torch.randn(4).half(), "n": torch.tensor([3])})
-
-
 def _read_checkpoint(path: Path) -> None:
     weights = select_weights(load_checkpoint(path), path)
     # What was read can be used: every byte that it declares is there.
@@ -116,8 +89,6 @@ def _read_annotations(path: Path) -> None:
 
 def _load_as_the_host_does(path: Path) -> None:
     """What passes the check must pass MMDetection's own loader."""
-    from mmdet.datasets import CocoDataset
-
     CocoDataset(
         ann_file=str(path),
         data_prefix={"img": ""},
@@ -130,18 +101,19 @@ def _load_as_the_host_does(path: Path) -> None:
 
 def readers() -> dict[str, Reader]:
     """By name. The files are of fixed random numbers."""
-    import mmdet.datasets  # noqa: F401  # takes seconds, which no case should pay for
-
     torch.manual_seed(0)
     content = runner_checkpoint()
+    tensors = {"a.weight": torch.randn(4, 3), "a.bias": torch.randn(4).half(), "n": torch.tensor([3])}
+    annotations = sound(images=2, boxes=2)
+    annotations["annotations"][0]["segmentation"] = [[4, 5, 24, 5, 24, 35]]
     zipped = (saved(content), saved({"w": torch.randn(8)}))
     return {
         "checkpoint": Reader(".pth", zipped, (mutated_bytes, mutated_pickle, mutated_pickle), _read_checkpoint),
         "checkpoint, old format": Reader(".pth", (saved(content, zipped=False),), (mutated_bytes,), _read_checkpoint),
-        "safetensors": Reader(
-            ".safetensors", (safetensors_file(),), (mutated_bytes, mutated_safetensors), _read_checkpoint
+        "safetensors": Reader(".safetensors", (save(tensors),), (mutated_bytes, mutated_safetensors), _read_checkpoint),
+        "annotations": Reader(
+            ".json", (json.dumps(annotations).encode(),), (mutated_bytes, mutated_json, mutated_json), _read_annotations
         ),
-        "annotations": Reader(".json", (coco_file(),), (mutated_bytes, mutated_json, mutated_json), _read_annotations),
     }
 
 

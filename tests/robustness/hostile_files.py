@@ -8,7 +8,6 @@ import pickle
 import struct
 import zipfile
 import zlib
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,7 +53,7 @@ def safetensors_bytes(header: Any, data: bytes = b"", *, length: int | None = No
     return struct.pack("<Q", len(text) if length is None else length) + text + data
 
 
-def overlapping_zip(path: Path, times: int) -> None:
+def overlapping_zip(times: int) -> bytes:
     """An archive whose central directory names the same stored record `times` times."""
     content = saved({"w": torch.zeros(25_000)})
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
@@ -76,7 +75,7 @@ def overlapping_zip(path: Path, times: int) -> None:
     )  # fmt: skip
     count = min(entries + times, 0xFFFF)
     tail = struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, count, count, size + len(more), start, 0)
-    path.write_bytes(content[:start] + directory + more + tail)
+    return content[:start] + directory + more + tail
 
 
 def second_directory(checkpoint: bytes, size: int = 10**9) -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 
 import pytest
@@ -41,8 +40,8 @@ def test_cases_are_the_same_again(found: dict[str, Reader]) -> None:
     reader = found["checkpoint"]
     assert mutated(reader, "checkpoint", 0, 5) == mutated(reader, "checkpoint", 0, 5)
     assert mutated(reader, "checkpoint", 0, 5) != mutated(reader, "checkpoint", 1, 5)
-    before = [mutated(found["annotations"], "annotations", 0, number) for number in range(50)]
-    assert before == [mutated(found["annotations"], "annotations", 0, number) for number in range(50)]
+    before, again = ([mutated(found["annotations"], "annotations", 0, n) for n in range(50)] for _ in "ab")
+    assert before == again and sum(case != found["annotations"].files[0] for case in before) > 40
 
 
 @pytest.mark.parametrize(
@@ -61,12 +60,6 @@ def test_control_other_outcomes_are_failures(tmp_path: Path, error: BaseExceptio
 
     target = fuzz("x", Reader(".x", (b"abc",), (mutated_bytes,), read), seed=0, cases=3, folder=tmp_path)
     assert len(target.failures) == 3 and outcome in target.failures[0]
-
-
-def test_mutations_change_something() -> None:
-    content = bytes(range(256)) * 4
-    changed = sum(mutated_bytes(content, random.Random(number)) != content for number in range(200))
-    assert changed > 180
 
 
 def test_the_record_comes_back_and_is_tabulated(found: dict[str, Reader], tmp_path: Path) -> None:

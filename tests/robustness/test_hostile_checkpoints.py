@@ -35,10 +35,6 @@ from tests.robustness.hostile_files import (
 WEIGHTS = {"w": torch.arange(16.0)}
 
 
-def _write(content: bytes) -> Callable[[Path], Any]:
-    return lambda path: path.write_bytes(content)
-
-
 def _declaring(elements: int) -> bytes:
     """A tensor of 16 floats whose pickle says that it has more."""
     # The storage's count stands before its TUPLE.
@@ -63,34 +59,26 @@ def _shape_only(elements: int) -> bytes:
     return _edited(b"K\x10\x85", _long(elements) + b"\x85")
 
 
-def _nested(depth: int) -> list[Any]:
+def _nested(depth: int, times: int = 1) -> list[Any]:
+    """Lists in one another, each of which holds the next `times` times."""
     value: list[Any] = []
     for _ in range(depth):
-        value = [value]
+        value = [value] * times
     return value
 
 
-def _laughs(levels: int) -> list[Any]:
-    value: list[Any] = [0]
-    for _ in range(levels):
-        value = [value, value]
-    return value
+ENDLESS: list[Any] = []
+ENDLESS.append(ENDLESS)
 
 
-def _endless() -> list[Any]:
-    value: list[Any] = []
-    value.append(value)
-    return value
-
-
-def _deep_pickle(make: bytes, fill: bytes, depth: int) -> bytes:
-    return rezipped(saved({}), {"data.pkl": b"\x80\x02" + make * depth + fill * (depth - 1) + b"."})
+def _of_instructions(text: bytes) -> bytes:
+    return rezipped(saved({}), {"data.pkl": b"\x80\x02" + text + b"."})
 
 
 def _encodings(times: int, length: int) -> bytes:
     text = b"X" + length.to_bytes(4, "little") + b"x" * length
     call = b"c_codecs\nencode\nq\x00" + text + b"X\x06\x00\x00\x00latin1\x86q\x01"
-    return rezipped(saved({}), {"data.pkl": b"\x80\x02](" + call + b"h\x00h\x01R" * times + b"e."})
+    return _of_instructions(b"](" + call + b"h\x00h\x01R" * times + b"e")
 
 
 class _Array:
@@ -110,118 +98,100 @@ class _NumberType(_Array):
         return np.dtype, ("f8", False, True), self.state
 
 
-HEADER = {"w": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}
+HEADER: dict[str, Any] = {"w": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}
 
-# What it is: how the file is made, what the refusal says.
-REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
+# What it is: the file, what the refusal says.
+REFUSED: dict[str, tuple[bytes | Callable[[], bytes], str]] = {
     "a compressed record of 100 MB in 100 KB": (
-        lambda path: path.write_bytes(
-            rezipped(saved(WEIGHTS), {"data/0": bytes(10**8)}, compression=zipfile.ZIP_DEFLATED)
-        ),
+        lambda: rezipped(saved(WEIGHTS), {"data/0": bytes(10**8)}, compression=zipfile.ZIP_DEFLATED),
         r"record 'archive/data\.pkl' is compressed",
     ),
-    "one record that 10,000 names share": (
-        lambda path: overlapping_zip(path, 10_000),
-        r"records declare 1000\d+ bytes in a file of",
-    ),
-    "a second directory, of 1 GB": (_write(second_directory(saved(WEIGHTS))), "truncated or damaged"),
-    "a record shorter than its tensor": (_write(_declaring(2**40)), "storage 0 has 64 bytes instead of"),
-    "a shape larger than its file": (_write(_shape_only(2**40)), r"declares a tensor of shape \(1099511627776,\)"),
-    "a shape larger than its storage": (_write(_shape_only(20)), r"of shape \(20,\) in a storage of 16 numbers"),
+    "one record that 10,000 names share": (overlapping_zip(10_000), r"records declare 1000\d+ bytes in a file of"),
+    "a second directory, of 1 GB": (second_directory(saved(WEIGHTS)), "truncated or damaged"),
+    "a record shorter than its tensor": (_declaring(2**40), "storage 0 has 64 bytes instead of"),
+    "a shape larger than its file": (_shape_only(2**40), r"declares a tensor of shape \(1099511627776,\)"),
+    "a shape larger than its storage": (_shape_only(20), r"of shape \(20,\) in a storage of 16 numbers"),
     "rows that are all the same memory": (
-        lambda path: torch.save({"w": torch.zeros(1).expand(10**6, 10**6)}, path),
+        saved({"w": torch.zeros(1).expand(10**6, 10**6)}),
         r"declares a tensor of shape \(1000000, 1000000\), 4000000000000 bytes, in a file of \d+",
     ),
     "the same, in the old format": (
-        _write(saved({"model": {"w": torch.zeros(1).expand(10**6, 10**6)}}, zipped=False)),
+        saved({"model": {"w": torch.zeros(1).expand(10**6, 10**6)}}, zipped=False),
         "declares a tensor of shape",
     ),
     "a tensor without values": (
-        lambda path: torch.save({"w": torch.empty(3, device="meta")}, path),
+        saved({"w": torch.empty(3, device="meta")}),
         "asks for torch._utils._rebuild_meta_tensor_no_storage",
     ),
     "a sparse tensor": (
-        lambda path: torch.save({"w": torch.zeros(10**5, 10**5, layout=torch.sparse_coo)}, path),
+        saved({"w": torch.zeros(10**5, 10**5, layout=torch.sparse_coo)}),
         "asks for torch._utils._rebuild_sparse_tensor",
     ),
     "an array of a terabyte": (
-        _write(with_pickle({"w": _Array((1, (10**12,), np.dtype("f8"), False, b"1234"))})),
+        with_pickle({"w": _Array((1, (10**12,), np.dtype("f8"), False, b"1234"))}),
         "truncated or damaged",
     ),
     "an array of what was in memory before": (
-        _write(with_pickle({"w": Calls(np.ndarray, (10**6,))})),
+        with_pickle({"w": Calls(np.ndarray, (10**6,))}),
         "a numpy array without values",
     ),
     "an array with a shape that its bytes do not fill": (
-        _write(with_pickle({"w": _Array((1, (10**6, 10**6), np.dtype("f8"), False, bytes(8)))})),
+        with_pickle({"w": _Array((1, (10**6, 10**6), np.dtype("f8"), False, bytes(8)))}),
         "cannot reshape array",
     ),
-    "an array of objects": (
-        _write(with_pickle({"w": _Array((1, (2,), np.dtype("O"), False, [1, 2]))})),
-        "a numpy dtype 'O8'",
-    ),
+    "an array of objects": (with_pickle({"w": _Array((1, (2,), np.dtype("O"), False, [1, 2]))}), "a numpy dtype 'O8'"),
     "a number type with the state of a record": (
-        _write(with_pickle({"w": Calls(np.float64(0).__reduce__()[0], _NumberType((3, "<", [])), b"12")})),
+        with_pickle({"w": Calls(np.float64(0).__reduce__()[0], _NumberType((3, "<", [])), b"12")}),
         "truncated or damaged",
     ),
     "a number of another type's bytes": (
-        _write(with_pickle({"w": Calls(np.float64(0).__reduce__()[0], np.dtype("f8"), b"12")})),
+        with_pickle({"w": Calls(np.float64(0).__reduce__()[0], np.dtype("f8"), b"12")}),
         "truncated or damaged",
     ),
-    "a gigabyte in 410 bytes": (_write(with_pickle({"w": Calls(bytearray, 10**9)})), "asks for builtins.bytearray"),
+    "a gigabyte in 410 bytes": (with_pickle({"w": Calls(bytearray, 10**9)}), "asks for builtins.bytearray"),
     "text encoded into a longer text": (
-        _write(with_pickle({"w": Calls(codecs.encode, "x" * 1000, "unicode_escape")})),
+        with_pickle({"w": Calls(codecs.encode, "x" * 1000, "unicode_escape")}),
         "bytes in the encoding 'unicode_escape'",
     ),
-    "one text encoded a million times": (_write(_encodings(100_000, 20_000)), "more than twice the \\d+ bytes"),
-    "10,000 lists in one another": (_write(_deep_pickle(b"]", b"a", 10_000)), "100 deep"),
+    "one text encoded a million times": (_encodings(100_000, 20_000), "more than twice the \\d+ bytes"),
+    "10,000 lists in one another": (_of_instructions(b"]" * 10_000 + b"a" * 9_999), "100 deep"),
     "100,000 tuples in one another as a key": (
-        _write(rezipped(saved({}), {"data.pkl": b"\x80\x02})" + b"\x85" * 100_000 + b"K\x01s."})),
+        _of_instructions(b"})" + b"\x85" * 100_000 + b"K\x01s"),
         "a dict with a tuple as key",
     ),
     "the same key, in the old format": (
-        _write(saved(0, zipped=False).replace(b"\x80\x02K\x00.", b"\x80\x02})" + b"\x85" * 100_000 + b"K\x01s.")),
+        saved(0, zipped=False).replace(b"\x80\x02K\x00.", b"\x80\x02})" + b"\x85" * 100_000 + b"K\x01s."),
         "a dict with a tuple as key",
     ),
     "more dicts than a checkpoint has": (
-        _write(rezipped(saved({}), {"data.pkl": b"\x80\x02](" + b"}" * 1_100_000 + b"e."})),
+        _of_instructions(b"](" + b"}" * 1_100_000 + b"e"),
         "more than 1000000 instructions",
     ),
-    "a dict of lists 200 deep": (_write(with_pickle({"meta": _nested(200)})), "100 deep"),
-    "a list that holds itself": (_write(with_pickle({"meta": _endless()})), "deep, or one that holds itself"),
-    "2 ** 60 entries by reference": (_write(with_pickle({"meta": _laughs(60)})), "more than 1000000 entries"),
-    "a truncated safetensors header": (
-        _write(safetensors_bytes(HEADER, bytes(16), length=10**6)),
-        "no whole safetensors",
-    ),
-    "a header of 2 ** 60 bytes": (_write(safetensors_bytes(HEADER, bytes(16), length=2**60)), "no whole safetensors"),
-    "a header of no JSON": (_write(safetensors_bytes(b'{"w": {"dtype"', bytes(16))), "no whole safetensors"),
-    "a header 100,000 deep": (
-        _write(safetensors_bytes(b'{"w":' * 100_000 + b"1" + b"}" * 100_000)),
-        "no whole safetensors",
-    ),
-    **{
-        name: (_write(safetensors_bytes({"w": {**HEADER["w"], **changes}}, bytes(16))), "no whole safetensors")
-        for name, changes in {
-            "offsets outside the file": {"data_offsets": [0, 2**50]},
-            "offsets backwards": {"data_offsets": [16, 0]},
-            "a shape that overflows": {"shape": [2**62, 2**62]},
-            "an unknown dtype": {"dtype": "F999"},
-        }.items()
-    },
-    "two tensors in one place": (
-        _write(safetensors_bytes({**HEADER, "v": HEADER["w"]}, bytes(16))),
-        "no whole safetensors",
-    ),
+    "a dict of lists 200 deep": (with_pickle({"meta": _nested(200)}), "100 deep"),
+    "a list that holds itself": (with_pickle({"meta": ENDLESS}), "deep, or one that holds itself"),
+    "2 ** 60 entries by reference": (with_pickle({"meta": _nested(60, 2)}), "more than 1000000 entries"),
+    "a truncated safetensors header": (safetensors_bytes(HEADER, bytes(16), length=10**6), "no whole safetensors"),
+    "a header of 2 ** 60 bytes": (safetensors_bytes(HEADER, bytes(16), length=2**60), "no whole safetensors"),
+    "a header of no JSON": (safetensors_bytes(b'{"w": {"dtype"', bytes(16)), "no whole safetensors"),
+    "a header 100,000 deep": (safetensors_bytes(b'{"w":' * 100_000 + b"1" + b"}" * 100_000), "no whole safetensors"),
+    "two tensors in one place": (safetensors_bytes({**HEADER, "v": HEADER["w"]}, bytes(16)), "no whole safetensors"),
 }
+for _name, _changes in {
+    "offsets outside the file": {"data_offsets": [0, 2**50]},
+    "offsets backwards": {"data_offsets": [16, 0]},
+    "a shape that overflows": {"shape": [2**62, 2**62]},
+    "an unknown dtype": {"dtype": "F999"},
+}.items():
+    _header = {"w": {**HEADER["w"], **_changes}}
+    REFUSED[_name] = (safetensors_bytes(_header, bytes(16)), "no whole safetensors")
 
 
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 @pytest.mark.parametrize("case", REFUSED)
 def test_hostile_checkpoints_are_refused(tmp_path: Path, case: str) -> None:
-    make, message = REFUSED[case]
+    content, message = REFUSED[case]
     path = tmp_path / ("x.safetensors" if "no whole safetensors" in message else "x.pth")
-    make(path)
+    path.write_bytes(content if isinstance(content, bytes) else content())
     before, start = _memory(), time.process_time()
     with pytest.raises(ValueError, match=message) as caught:
         load_checkpoint(path)
@@ -240,7 +210,7 @@ def test_controls_are_read(tmp_path: Path) -> None:
     for content in (rezipped(saved(WEIGHTS), {}), _declaring(16), _shape_only(16)):
         path.write_bytes(content)
         torch.testing.assert_close(load_checkpoint(path), WEIGHTS)
-    path.write_bytes(with_pickle({"meta": _nested(50), "more": _laughs(10)}))
+    path.write_bytes(with_pickle({"meta": _nested(50), "more": _nested(10, 2)}))
     assert load_checkpoint(path)["meta"] == _nested(50)
     arrays = {
         "c": np.arange(6.0).reshape(2, 3),
@@ -332,7 +302,7 @@ def test_tensors_that_do_not_fit_are_named(tmp_path: Path, change: Any, message:
 
 def test_a_state_dict_of_something_else(tmp_path: Path) -> None:
     path = tmp_path / "x.pth"
-    for content in ({"state_dict": {"w": [1, 2]}}, {"state_dict": {3: torch.zeros(1)}}, {"model": {}}):
+    for content in ({}, {"w": 3}, {"state_dict": 3}, {"state_dict": {"w": [1]}}, {"state_dict": {3: torch.zeros(1)}}):
         torch.save(content, path)
         with pytest.raises(ValueError, match="no state dict"):
             select_weights(load_checkpoint(path), path)

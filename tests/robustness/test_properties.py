@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 from pathlib import Path
@@ -17,7 +16,7 @@ from castling_det.conversion import load_checkpoint, select_weights
 from castling_det.conversion.detectors import own_meta
 from castling_det.datasets.checks import check_annotations, check_classes
 from castling_det.engine import META_KEY, SCHEDULES, mask_state
-from castling_det.ops import linear_angular_attention, masked_softmax_attention, naive
+from castling_det.ops import linear_angular_attention, masked_softmax_attention
 from tests.datasets.test_dataset_checks import CLASSES, sound
 from tests.robustness.hostile_files import saved
 
@@ -70,17 +69,6 @@ def test_the_length_of_queries_and_keys_changes_nothing(
     found = linear_angular_attention(q * factor, k / factor, v, normalizer=normalizer)
     expected = linear_angular_attention(q, k, v, normalizer=normalizer)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=float(1e-4 * (1 + v.abs().max())))
-
-
-@QUICK
-@given(inputs=qkv(), normalizer=st.sampled_from(NORMALIZERS))
-def test_the_fast_form_equals_the_naive_one(inputs: tuple[Tensor, Tensor, Tensor], normalizer: str) -> None:
-    q, k, v = inputs
-    assume(all(bool((x.norm(dim=-1) > 1e-2).all()) for x in (q, k, v)))
-    expected = naive.linear_angular_attention(q, k, v, normalizer=normalizer)
-    assume(bool(expected.isfinite().all()))
-    found = linear_angular_attention(q, k, v, normalizer=normalizer)
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=float(1e-5 * v.abs().max()))
 
 
 @QUICK
@@ -141,15 +129,6 @@ json_values = st.recursive(
 
 
 @settings(QUICK, max_examples=200)
-@given(data=json_values)
-def test_no_json_value_breaks_the_check(data: Any) -> None:
-    before = copy.deepcopy(data)
-    problems = check_annotations(data, classes=CLASSES)
-    assert problems and problems[0].severity == "error"
-    assert str(data) == str(before)  # NaN is not equal to itself
-
-
-@settings(QUICK, max_examples=200)
 @given(
     key=st.sampled_from(("images", "annotations", "categories")),
     field=st.sampled_from(("id", "width", "height", "file_name", "image_id", "category_id", "bbox", "area", "name")),
@@ -165,12 +144,7 @@ def test_any_value_in_any_field_is_sound_or_named(key: str, field: str, value: A
 
 
 @QUICK
-@given(
-    images=st.integers(1, 6),
-    boxes=st.integers(1, 5),
-    scale=st.floats(0.3, 3),
-    shift=st.floats(-5, 5),
-)
+@given(images=st.integers(1, 6), boxes=st.integers(1, 5), scale=st.floats(0.3, 3), shift=st.floats(-5, 5))
 def test_sound_boxes_pass_and_scaled_ones_pass_or_are_named(
     images: int, boxes: int, scale: float, shift: float
 ) -> None:
@@ -210,7 +184,7 @@ state_dicts = st.dictionaries(
 
 
 @QUICK
-@given(layout=state_dicts, wrap=st.sampled_from(("", "state_dict", "model")), zipped=st.booleans())
+@given(layout=state_dicts, wrap=st.sampled_from(("", "state_dict", "model", "teacher")), zipped=st.booleans())
 def test_what_is_saved_is_read_to_the_bit(tmp_path_factory: Any, layout: Any, wrap: str, zipped: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     tensors = {
