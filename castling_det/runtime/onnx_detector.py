@@ -20,32 +20,16 @@ _SAFE_ONNXRUNTIME = (1, 18)
 
 
 class OnnxDetector:
-    """An ONNX file of `tools/export_onnx.py`.
-
-    Args:
-        path: the file.
-        device: `"cpu"`, `"cuda"` or `"cuda:N"`.
-
-    Attributes:
-        info: what the file says about itself.
-        classes: names by label.
-
-    Raises:
-        ValueError: no such file, not one of ours, or a device that onnxruntime does not have.
-    """
+    """An ONNX file of `tools/export_onnx.py`; `info` has the file's metadata, `device` is as for `Detector`."""
 
     def __init__(self, path: str | os.PathLike[str], *, device: str = "cpu") -> None:
         self.path = Path(path)
         self._session = _session(self.path, device)
         self.info = ModelMetadata.from_properties(self._session.get_modelmeta().custom_metadata_map, f"model {path}")
-        for field, wanted, option in (
-            ("outputs", "detections", "--raw"),
-            ("preprocessing", "graph", "--no-preprocessing"),
-        ):
-            if getattr(self.info, field) != wanted:
-                raise ValueError(
-                    f"model {path}: {field}={getattr(self.info, field)!r}: expected {wanted!r}; export without {option}"
-                )
+        needed = (("outputs", "detections", "--raw"), ("preprocessing", "graph", "--no-preprocessing"))
+        for field, wanted, option in needed:
+            if (value := getattr(self.info, field)) != wanted:
+                raise ValueError(f"model {path}: {field}={value!r}: expected {wanted!r}; export without {option}")
         self.classes = self.info.classes
         _check_interface(self._session, path)
         # Files of earlier versions have no such input: they see padding as image.
@@ -70,15 +54,10 @@ class OnnxDetector:
         try:
             outputs = self._session.run(list(OUTPUT_NAMES), given)
         except Exception as error:  # onnxruntime has a class of its own for each kind of failure
-            raise ValueError(
-                f"model {self.path}: onnxruntime failed on images of shape {batch.shape}: {_line(error)}"
-            ) from error
-        rows = outputs[1].shape[-1]
-        if [value.shape for value in outputs] != [(len(batch), rows, 4), (len(batch), rows), (len(batch), rows)]:
-            raise ValueError(
-                f"model {self.path}: gives {', '.join(OUTPUT_NAMES)} of shapes "
-                f"{', '.join(str(value.shape) for value in outputs)} for {len(batch)} images; export it again"
-            )
+            raise self._wrong(f"onnxruntime failed on images of shape {batch.shape}: {_line(error)}") from error
+        rows, shapes = outputs[1].shape[-1], [value.shape for value in outputs]
+        if shapes != [(len(batch), rows, 4), (len(batch), rows), (len(batch), rows)]:
+            raise self._wrong(f"gives {', '.join(OUTPUT_NAMES)} of shapes {shapes} for {len(batch)} images")
         return [self._detections(*row) for row in zip(prepared, *outputs, strict=True)]
 
     def _detections(
@@ -87,12 +66,13 @@ class OnnxDetector:
         kept = labels >= 0
         boxes, scores, labels = boxes[kept], scores[kept], labels[kept]
         if not (np.isfinite(boxes).all() and np.isfinite(scores).all()):
-            raise ValueError(f"model {self.path}: gives boxes or scores that are not finite; export it again")
+            raise self._wrong("gives boxes or scores that are not finite")
         if len(labels) and labels.max() >= len(self.classes):
-            raise ValueError(
-                f"model {self.path}: gives label {labels.max()}, but names {len(self.classes)} classes; export it again"
-            )
+            raise self._wrong(f"gives label {labels.max()}, but names {len(self.classes)} classes")
         return Detections(prepared.to_original(boxes), scores, labels, self.classes)
+
+    def _wrong(self, what: str) -> ValueError:
+        return ValueError(f"model {self.path}: {what}; export it again")
 
 
 def _session(path: Path, device: str) -> Any:

@@ -26,18 +26,9 @@ __all__ = ["TorchDetector", "class_names"]
 
 
 class TorchDetector:
-    """A checkpoint and its config.
+    """A checkpoint of a training (its averaged weights where EMAHook left them) or of a conversion, and its config.
 
-    Args:
-        checkpoint: a training's (the averaged weights where EMAHook left them) or a converted one.
-        config: file or `castling_det::...`; its test pipeline prepares the images.
-        device: as torch names it.
-
-    Attributes:
-        classes: names by label, from the checkpoint's meta, else from the config.
-
-    Raises:
-        ValueError: unusable file, config or device; names it.
+    The config's test pipeline prepares the images.
     """
 
     def __init__(
@@ -60,11 +51,7 @@ class TorchDetector:
         self._visualizer: DetLocalVisualizer | None = None
 
     def detect(self, images: list[Image]) -> list[Detections]:
-        """One result for each image; images that have one size after the pipeline share a batch.
-
-        Raises:
-            UnreadableImage: one that the config's pipeline cannot prepare, such as one too narrow for its resize.
-        """
+        """One result for each image; UnreadableImage for one that the pipeline cannot prepare, such as a narrow one."""
         prepared = [self._prepared(image) for image in images]
 
         def run(indices: list[int]) -> list[Detections]:
