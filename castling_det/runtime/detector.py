@@ -32,8 +32,7 @@ class Detector:
         device: `"cpu"`, `"cuda"` or `"cuda:N"`.
         score_thr: detections below it are left out, beside what the model itself leaves out.
         batch_size: images, or tiles of one, that go through the network at once.
-        tile: side in pixels of the square tiles in which an image larger than that is taken, through SAHI; None takes
-            every image whole, at the network's own size.
+        tile: side in pixels of the square tiles of larger images, through SAHI; None: every image whole.
         overlap: of neighbouring tiles, a fraction of `tile` in [0, 1).
         max_pixels: height x width of the largest image that is taken.
 
@@ -88,7 +87,7 @@ class Detector:
     def draw(self, image: Source, detections: Detections) -> Image:
         """A copy of the image with the detections on it, by MMDetection's visualizer where the model is its own."""
         draw = getattr(self.backend, "draw", draw_detections)
-        return draw(self._loaded(image), detections)  # type: ignore[no-any-return]
+        return draw(self._loaded(image), detections)
 
     def _loaded(self, image: Source) -> Image:
         if isinstance(image, (str, os.PathLike)):
@@ -113,10 +112,8 @@ def _load(model: str | os.PathLike[str], config: str | os.PathLike[str] | None, 
     try:
         from castling_det.runtime.torch_detector import TorchDetector
     except ImportError as error:
-        raise ValueError(
-            f"model {path}: a checkpoint needs PyTorch and MMDetection ({error}); pip install 'castling-det[onedl]', "
-            "or export an .onnx file"
-        ) from None
+        problem = f"a checkpoint needs PyTorch and MMDetection ({error}); pip install 'castling-det[onedl]'"
+        raise ValueError(f"model {path}: {problem}, or export an .onnx file") from None
     return TorchDetector(path, config, device=device)
 
 

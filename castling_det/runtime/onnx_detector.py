@@ -15,9 +15,6 @@ from castling_det.runtime.preprocess import Prepared, padded_to_multiple, prepar
 
 __all__ = ["OnnxDetector"]
 
-_SAFE_ONNXRUNTIME = (1, 18)
-"""The first version that refuses a file whose weights lie outside of its folder; older ones read any path."""
-
 
 class OnnxDetector:
     """An ONNX file of `tools/export_onnx.py`; `info` has the file's metadata, `device` is as for `Detector`."""
@@ -82,20 +79,18 @@ def _session(path: Path, device: str) -> Any:
         import onnxruntime
     except ImportError:
         raise ValueError(f"model {path}: needs onnxruntime; pip install 'castling-det[runtime]'") from None
-    if tuple(int(part) for part in onnxruntime.__version__.split(".")[:2]) < _SAFE_ONNXRUNTIME:
-        raise ValueError(
-            f"model {path}: onnxruntime {onnxruntime.__version__} reads any file that an ONNX file names; "
-            f"pip install 'onnxruntime>={'.'.join(map(str, _SAFE_ONNXRUNTIME))}'"
-        )
+    # Older versions read weights from any path; this is the first that refuses a path outside of the file's folder.
+    if tuple(int(part) for part in onnxruntime.__version__.split(".")[:2]) < (1, 18):
+        problem = f"onnxruntime {onnxruntime.__version__} reads any file that an ONNX file names"
+        raise ValueError(f"model {path}: {problem}; pip install 'onnxruntime>=1.18'")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only: they come as exceptions, warnings are about the machine
     providers = _providers(device, onnxruntime)
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # onnxruntime has a class of its own for each kind of damage
-        raise ValueError(
-            f"model {path}: not an ONNX file that onnxruntime reads ({_line(error)}); copy or export it again"
-        ) from error
+        problem = f"not an ONNX file that onnxruntime reads ({_line(error)}); copy or export it again"
+        raise ValueError(f"model {path}: {problem}") from error
     if device != "cpu" and "CUDAExecutionProvider" not in session.get_providers():
         raise ValueError(f"device={device!r}: onnxruntime cannot start CUDA there; check driver, CUDA and cuDNN")
     return session
@@ -120,8 +115,7 @@ def _check_interface(session: Any, path: str | os.PathLike[str]) -> None:
     if inputs != {INPUT_NAME: ("tensor(float)", 4, [3])} or {name: outputs.get(name) for name in expected} != expected:
         raise ValueError(
             f"model {path}: inputs {inputs}, outputs {outputs}: expected float images (batch, 3, height, width), and "
-            "float boxes (batch, rows, 4), float scores and int64 labels (batch, rows); write it with "
-            "tools/export_onnx.py again"
+            "float boxes (batch, rows, 4), float scores and int64 labels (batch, rows); export it again"
         )
 
 

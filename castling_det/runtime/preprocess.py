@@ -31,8 +31,7 @@ class Prepared:
     """An image on its way into the network."""
 
     pixels: Image
-    content_hw: tuple[int, int]
-    """Height and width of the image itself in `pixels`; the rest, on the right and at the bottom, is padding."""
+    content_hw: tuple[int, int]  # without the padding on the right and at the bottom
     original_hw: tuple[int, int]
 
     def to_original(self, boxes: NDArray[np.float32]) -> NDArray[np.float32]:

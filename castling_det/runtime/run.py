@@ -23,8 +23,7 @@ from castling_det.runtime.sources import IMAGE_SUFFIXES, Frame, ImageFiles, Unre
 __all__ = ["EXIT_SKIPPED", "CocoPredictions", "Outcome", "detect_source"]
 
 EXIT_SKIPPED = 10
-_PREDICTIONS = "predictions.json"
-_IMAGES = "images.json"
+_PREDICTIONS, _IMAGES = "predictions.json", "images.json"
 
 
 @dataclass(frozen=True)
@@ -46,11 +45,8 @@ def detect_source(
 ) -> Outcome:
     """Runs the detector over a source and writes `out/predictions.json`, `out/images.json` and pictures or a video.
 
-    An image that cannot be read is one line on stderr; where none can, nothing is written.
-
-    Raises:
-        ValueError: annotations that do not fit, or an output that would replace an input.
-        OSError: a file cannot be written, such as on a full disk; none is left half written.
+    An image that cannot be read is one line on stderr; where none can, nothing is written. No file is half written.
+    ValueError: annotations that do not fit, or an output that would replace an input.
     """
     _check_outputs(source, out, draw, annotations)
     predictions = CocoPredictions(detector.classes, annotations)

@@ -30,15 +30,13 @@ class UnreadableImage(ValueError):
 
 @dataclass(frozen=True)
 class Frame:
-    """One image of a source, or why there is none."""
+    """One image of a source; where `image` is None, the problem in one sentence and how many images are missing."""
 
     name: str
     """The file's path below the source, or a video's frame such as `clip.mp4#000012`."""
     image: Image | None
     problem: str = ""
-    """One sentence where `image` is None."""
     missing: int = 0
-    """Images that the problem stands for, at least 1 where `image` is None."""
 
 
 def open_source(source: str, *, max_frames: int | None = None, max_pixels: int = MAX_PIXELS) -> ImageFiles | Video:
@@ -86,19 +84,9 @@ class ImageFiles:
 
 
 class Video:
-    """The frames of a video file, through supervision (`pip install castling-det[video]`).
+    """The frames of a video file, at most `max_frames`, through supervision (`pip install castling-det[video]`).
 
-    Args:
-        path: the file.
-        max_frames: stop after so many; None reads to the end.
-        max_pixels: of a frame.
-
-    Attributes:
-        info: supervision's `VideoInfo`: size, frames a second.
-        total: frames that the file says it has, or that were asked for; None where it does not say.
-
-    Raises:
-        ValueError: supervision is missing, or the file is not a video that it opens.
+    `info` is supervision's `VideoInfo`; `total` is the number of frames, None where the file does not say.
     """
 
     def __init__(self, path: Path, *, max_frames: int | None = None, max_pixels: int = MAX_PIXELS) -> None:

@@ -77,11 +77,9 @@ class TorchDetector:
         try:
             return self._pipeline({"img": image, "img_id": 0})
         except Exception as error:  # a transform fails in any way
-            height, width = image.shape[:2]
-            reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
-            raise UnreadableImage(
-                f"{height} x {width} pixels: the config's test pipeline cannot prepare it ({reason[0]:.100})"
-            ) from error
+            (height, width), lines = image.shape[:2], str(error).strip().splitlines() or [type(error).__name__]
+            problem = f"the config's test pipeline cannot prepare it ({lines[-1]:.100})"
+            raise UnreadableImage(f"{height} x {width} pixels: {problem}") from error
 
     def _detections(self, found: Any) -> Detections:
         scores = found.scores.numpy().astype(np.float32)
