@@ -51,8 +51,7 @@ class DeployedDetector(nn.Module):
         # A map with a single row or column would be traced as one that has no other size.
         self.min_units = max(2, 2 * _coarsest_stride(detector) // self.normalization.pad_size_divisor)
         if half:
-            detector.half()
-            hold_norms_in_float32(detector)
+            hold_norms_in_float32(detector.half())
         self.decoder, self.notes = _decoder(detector)
         self.settings: PostProcessing = self.decoder.settings
         self.detector: Any = detector

@@ -36,8 +36,7 @@ class TwoStageDecoder(nn.Module):
         found, rpn = self.proposals(features, hw)
         batch, count = found.scores.shape
         image = torch.arange(batch, device=found.boxes.device, dtype=found.boxes.dtype)
-        image = image[:, None, None].expand(-1, count, 1)
-        rois = torch.cat([image, found.boxes], dim=-1).flatten(0, 1)
+        rois = torch.cat([image[:, None, None].expand(-1, count, 1), found.boxes], dim=-1).flatten(0, 1)
         scores, boxes = (x.float().unflatten(0, (batch, count)) for x in self.bbox_head(self._pooled(features, rois)))
         maps = {f"rpn_{name}": value for name, value in rpn.items()}
         maps |= {"proposals": found.boxes, "proposal_scores": found.scores, "cls_score": scores, "bbox_pred": boxes}
@@ -73,5 +72,4 @@ class TwoStageDecoder(nn.Module):
             boxes = torch.cat([rois[:, :1], own], dim=1)
             options = (layer.spatial_scale, *layer.output_size, layer.sampling_ratio, layer.aligned)
             pooled.append(torch.ops.torchvision.roi_align(features[level].float(), boxes, *options))
-        total = torch.stack(pooled).sum(dim=0)
-        return total.to(features[0].dtype)
+        return torch.stack(pooled).sum(dim=0).to(features[0].dtype)
