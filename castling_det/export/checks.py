@@ -19,18 +19,7 @@ from castling_det.export.inputs import Shape, example_images
 from castling_det.export.network import DeployedDetector
 from castling_det.runtime.metadata import OUTPUT_NAMES
 
-__all__ = [
-    "TOLERANCES",
-    "Runner",
-    "ShapeParity",
-    "Tolerance",
-    "check_linear_only",
-    "check_parity",
-    "compare",
-    "default_shapes",
-    "example_sizes",
-    "reference",
-]
+__all__ = ["TOLERANCES", "Runner", "ShapeParity", "check_linear_only", "check_parity", "compare", "reference"]
 
 Array = NDArray[Any]
 Outputs = Mapping[str, Array]
@@ -39,13 +28,9 @@ Runner = Callable[[Array, Array | None], Outputs]
 
 
 def check_linear_only(program: ExportedProgram) -> None:
-    """Refuses a program with softmax attention in it.
+    """Refuses a program with softmax attention: any softmax in the backbone, and fused or masked attention anywhere.
 
-    Fused and masked softmax attention is refused anywhere, any softmax inside the backbone. A head's own softmax, such
-    as that over the bins of GFL's boxes, is no attention.
-
-    Raises:
-        ValueError: names the first layers with softmax attention.
+    A plain softmax in a head is allowed: GFL has one over the bins of its boxes.
     """
     left = []
     for node in program.graph.nodes:
@@ -67,14 +52,13 @@ class Tolerance:
     """How much an exported detector may differ from PyTorch in float32."""
 
     raw: float
-    """Of a map of the head: largest difference over the map's root mean square."""
+    """Largest difference of a head's map, over the map's root mean square."""
     box: float
-    """Pixels, of a detection and its partner."""
+    """Pixels between a detection and its partner."""
     score: float
-    """Of a detection and its partner."""
     unmatched: float
-    """Share of detections without a partner of the same class within `box` and `score`, in either direction. Where two
-    boxes overlap by just the threshold of suppression, rounding decides which of them is left."""
+    """Share of detections without a partner of their class within `box` and `score`. It is not zero: rounding decides
+    which of two boxes is left where their overlap is just the threshold of suppression."""
 
     def line(self) -> str:
         """For people."""
@@ -91,14 +75,12 @@ TOLERANCES: dict[str, Tolerance | None] = {
 
 @dataclass(frozen=True)
 class ShapeParity:
-    """The differences at one shape."""
+    """The differences at one shape; `detections` are the reference's, `unmatched` those of either side."""
 
     shape: Shape
     raw: float
     detections: int
-    """Of the reference."""
     unmatched: int
-    """Detections of either side without a partner."""
     box: float
     score: float
 
@@ -136,13 +118,7 @@ def example_sizes(network: DeployedDetector, shape: Shape) -> Tensor:
 
 
 def reference(detector: nn.Module, images: Tensor, sizes: Tensor, *, preprocessing: bool = True) -> dict[str, Any]:
-    """What MMDetection predicts: `boxes`, `scores`, `labels` in rows as an exported file has them, and `raw_*` maps.
-
-    Args:
-        detector: MMDetection's; its masks are not predicted.
-        images: (B, 3, H, W). sizes: of each image without its padding, (B, 2).
-        preprocessing: whether the images have values of 0 to 255.
-    """
+    """MMDetection's predictions as an exported file names them, without masks; arguments as `DeployedDetector`'s."""
     model: Any = copy.deepcopy(detector)
     if getattr(model, "roi_head", None) is not None and model.roi_head.with_mask:
         model.roi_head.mask_head = None
@@ -171,33 +147,20 @@ def reference(detector: nn.Module, images: Tensor, sizes: Tensor, *, preprocessi
 def check_parity(
     detector: nn.Module, network: DeployedDetector, run: Runner, shapes: Sequence[Shape], tolerance: Tolerance | None
 ) -> tuple[ShapeParity, ...]:
-    """Runs both at every shape.
-
-    Raises:
-        ValueError: a difference above the tolerance, with all of them.
-    """
+    """Runs both at every shape; ValueError with all differences above the tolerance."""
     results = []
     for seed, shape in enumerate(shapes):
         images, sizes = example_images(network, shape, seed=seed + 1), example_sizes(network, shape)
         expected = reference(detector, images, sizes, preprocessing=network.preprocessing)
         results.append(compare(expected, run(images.numpy(), sizes.numpy()), shape, tolerance))
-    problems = [
-        f"{result.line()} ({', '.join(found)})"
-        for result in results
-        if tolerance is not None and (found := result.problems(tolerance))
-    ]
-    if problems:
-        raise ValueError("parity: differs from PyTorch beyond the tolerance at " + "; ".join(problems))
+    problems = {result.line(): result.problems(tolerance) for result in results} if tolerance else {}
+    if wrong := [f"{line} ({', '.join(found)})" for line, found in problems.items() if found]:
+        raise ValueError(f"parity: differs from PyTorch beyond the tolerance at {'; '.join(wrong)}")
     return tuple(results)
 
 
 def compare(expected: Outputs, found: Outputs, shape: Shape, tolerance: Tolerance | None = None) -> ShapeParity:
-    """The differences between two sets of outputs, maps element by element, detections by their partners.
-
-    Args:
-        expected, found: outputs by name. shape: of the images.
-        tolerance: how far apart partners may be; None: by half of their box.
-    """
+    """The differences of outputs: maps by element, detections by partners within `tolerance` (None: half a box)."""
     raw = [_relative(value, found[name]) for name, value in expected.items() if name.startswith("raw_")]
     detections = unmatched = 0
     box = score = 0.0
@@ -221,11 +184,7 @@ def _relative(expected: Array, found: Array) -> float:
 
 
 def _partners(theirs: list[Array], ours: list[Array], tolerance: Tolerance | None) -> list[tuple[int, int]]:
-    """Pairs of one class; each row of `theirs` takes the nearest row of `ours` that is still free.
-
-    Args:
-        theirs, ours: boxes, scores and labels of one image.
-    """
+    """Pairs of one class: each row of `theirs` (boxes, scores, labels of an image) takes the nearest free of `ours`."""
     free, pairs = ours[1] > 0, []
     for a in np.flatnonzero(theirs[1] > 0).tolist():
         box, score, label = (values[a] for values in theirs)

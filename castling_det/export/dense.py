@@ -19,26 +19,18 @@ __all__ = ["DenseDecoder", "PostProcessing"]
 class PostProcessing:
     """A head's `test_cfg`."""
 
-    nms_pre: int
-    """Candidates of each level; all where it is not positive."""
+    nms_pre: int  # candidates of each level; all where it is not positive
     score_thr: float
-    min_bbox_size: float
-    """Boxes must be wider and higher than this; negative: any are taken."""
+    min_bbox_size: float  # boxes must be wider and higher; negative: any are taken
     nms_iou: float
     max_per_img: int
 
     @classmethod
     def of(cls, test_cfg: Any, where: str) -> PostProcessing:
-        """Reads a `test_cfg`.
-
-        Raises:
-            ValueError: another NMS than the plain one per class, or no limit of detections.
-        """
+        """Reads a `test_cfg`; ValueError for another NMS than the plain one per class, or no limit of detections."""
         nms = dict(test_cfg.get("nms") or {})
         if nms.pop("type", "nms") != "nms" or set(nms) != {"iou_threshold"}:
-            raise ValueError(
-                f"{where}.nms={dict(test_cfg.get('nms') or {})}: expected dict(type='nms', iou_threshold=...)"
-            )
+            raise ValueError(f"{where}.nms={test_cfg.get('nms')}: expected dict(type='nms', iou_threshold=...)")
         if test_cfg.get("max_per_img", 0) < 1:
             raise ValueError(f"{where}.max_per_img={test_cfg.get('max_per_img')}: expected a positive number")
         return cls(
@@ -53,11 +45,7 @@ class PostProcessing:
 class DenseDecoder(nn.Module):
     """From features to detections, as GFL, PicoDet, RetinaNet, RTMDet and RPN predict them.
 
-    Args:
-        head: MMDetection's.
-        settings: its `test_cfg`.
-        label_is_level: for RPN: the label is the level, suppression stays within a level, and the best candidates are
-            taken whatever their score.
+    `label_is_level` is for RPN: suppression stays within a level, and candidates of any score are taken.
     """
 
     def __init__(self, head: nn.Module, settings: PostProcessing, *, label_is_level: bool = False) -> None:
@@ -66,9 +54,7 @@ class DenseDecoder(nn.Module):
         self.settings = settings
         self.label_is_level = label_is_level
         if not self.head.use_sigmoid_cls:
-            raise ValueError(
-                f"{type(head).__name__}: expected scores by sigmoid; exporting softmax scores is not written"
-            )
+            raise ValueError(f"{type(head).__name__}: expected scores by sigmoid; softmax scores are not exported")
 
     def forward(self, features: Sequence[Tensor], hw: Tensor) -> tuple[Detections, RawMaps]:
         """Detections of images of heights and widths `hw` (B, 2), and the head's maps (B, C, H, W) in float32."""

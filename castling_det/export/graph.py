@@ -24,15 +24,10 @@ __all__ = ["DEFAULT_OPSET", "finished", "onnx_model", "onnx_runner", "trace"]
 
 DEFAULT_OPSET = 20
 """Of ONNX 1.15 (October 2023): the first with GELU as one operator."""
-_CLASS_HIERARCHY = "pkg.torch.onnx.class_hierarchy"
 
 
 def trace(network: DeployedDetector) -> ExportedProgram:
-    """The program for any batch, and any height and width that are multiples of `pad_size_divisor`.
-
-    Raises:
-        ValueError: a detector that torch.export cannot trace for any size.
-    """
+    """The program for any batch, height and width, the sides multiples of `pad_size_divisor`; else ValueError."""
     shape, unit = example_shape(network), network.normalization.pad_size_divisor
     batch, rows, columns = (Dim(name, min=1) for name in ("batch", "rows", "columns"))
     images, sizes = example_images(network, shape), torch.tensor([shape[1:]] * shape[0], dtype=torch.float32)
@@ -45,11 +40,7 @@ def trace(network: DeployedDetector) -> ExportedProgram:
 
 
 def onnx_model(program: ExportedProgram, *, opset: int = DEFAULT_OPSET) -> Any:
-    """The program as an onnx.ModelProto, with the names of its modules in the nodes' metadata.
-
-    Raises:
-        ValueError: an operator that has no ONNX form in this opset.
-    """
+    """The program as an onnx.ModelProto, with module names in the nodes' metadata; ValueError where none exists."""
     spec = program.call_spec.out_spec
     assert spec is not None and isinstance(spec.context, list)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
@@ -80,7 +71,7 @@ def onnx_model(program: ExportedProgram, *, opset: int = DEFAULT_OPSET) -> Any:
 def finished(model: Any, outputs: list[str], *, int8: bool, properties: dict[str, str]) -> Any:
     """A copy with those outputs alone, with our metadata and a default for the sizes; `int8` quantises linear layers.
 
-    The exporter's own metadata has the paths of the source files on this machine.
+    The exporter's metadata are removed: they have paths of this machine.
     """
     import onnx
 
@@ -88,7 +79,17 @@ def finished(model: Any, outputs: list[str], *, int8: bool, properties: dict[str
     inputs = [INPUT_NAME, *([SIZES_NAME] if OUTPUT_NAMES[0] in outputs else [])]
     copied = type(model)()
     copied.CopyFrom(parts.extract_model(inputs, outputs))
-    layers = _linear_layers(copied)
+    # The matrix products of `nn.Linear`, by the metadata that are removed below.
+    layers = [
+        node.name
+        for node in copied.graph.node
+        if node.op_type in ("MatMul", "Gemm")
+        and any(
+            "torch.nn.modules.linear.Linear'" in entry.value
+            for entry in node.metadata_props
+            if entry.key == "pkg.torch.onnx.class_hierarchy"
+        )
+    ]
     graph = copied.graph
     for owner in (copied, graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
         del owner.metadata_props[:]
@@ -105,11 +106,7 @@ def finished(model: Any, outputs: list[str], *, int8: bool, properties: dict[str
 
 
 def onnx_runner(model: bytes | str | Path, *, threads: int = 0) -> Runner:
-    """The file, or its bytes, as a function of images and sizes on the CPU.
-
-    Raises:
-        ValueError: onnxruntime does not load it.
-    """
+    """The file, or its bytes, as a function of images and sizes on the CPU; ValueError if it does not load."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -128,19 +125,6 @@ def onnx_runner(model: bytes | str | Path, *, threads: int = 0) -> Runner:
         return dict(zip(names, session.run(names, given), strict=True))
 
     return run
-
-
-def _linear_layers(model: Any) -> list[str]:
-    """Names of the matrix products of `nn.Linear`."""
-    return [
-        node.name
-        for node in model.graph.node
-        if node.op_type in ("MatMul", "Gemm")
-        and any(
-            entry.key == _CLASS_HIERARCHY and "torch.nn.modules.linear.Linear'" in entry.value
-            for entry in node.metadata_props
-        )
-    ]
 
 
 def _quantised(model: Any, layers: Sequence[str]) -> Any:
@@ -174,13 +158,8 @@ def _kept_by_nms(boxes: Any, scores: Any, iou_threshold: float) -> Any:
 
     # Typed by the values that are not known while a graph is written.
     op: Any = opset18
-    kept = op.NonMaxSuppression(
-        boxes,
-        scores,
-        op.Constant(value_ints=[2**63 - 1]),  # boxes of each class: all
-        op.Constant(value_floats=[iou_threshold]),
-        op.Constant(value_floats=[0.0]),
-    )
+    most, least = op.Constant(value_ints=[2**63 - 1]), op.Constant(value_floats=[0.0])  # all boxes of each class
+    kept = op.NonMaxSuppression(boxes, scores, most, op.Constant(value_floats=[iou_threshold]), least)
     nowhere = op.Expand(op.Constant(value_float=0.0), op.Shape(scores))
     ones = op.Expand(op.Constant(value_float=1.0), op.Shape(kept, start=0, end=1))
     return op.Greater(op.ScatterND(nowhere, kept, ones), op.Constant(value_float=0.5))

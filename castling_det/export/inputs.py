@@ -43,16 +43,10 @@ class Normalization:
 
 
 def normalization(model: nn.Module) -> Normalization:
-    """Reads a detector's data preprocessor.
-
-    Raises:
-        ValueError: a preprocessor that does something else.
-    """
+    """Reads a detector's data preprocessor; ValueError for one that does something else."""
     preprocessor: Any = model.data_preprocessor
     if float(getattr(preprocessor, "pad_value", 0)) != 0:
-        raise ValueError(
-            f"data_preprocessor.pad_value={preprocessor.pad_value}: expected 0; an exported file has no other padding"
-        )
+        raise ValueError(f"data_preprocessor.pad_value={preprocessor.pad_value}: expected 0; no other one is exported")
     mean, std = [0.0] * 3, [1.0] * 3
     if getattr(preprocessor, "_enable_normalize", False):
         mean, std = preprocessor.mean.flatten().tolist(), preprocessor.std.flatten().tolist()
@@ -64,30 +58,22 @@ def normalization(model: nn.Module) -> Normalization:
 
 
 def image_pipeline(config: Config) -> tuple[Step, ...]:
-    """The transforms of the config's test pipeline between a decoded image and the network's input.
-
-    Raises:
-        ValueError: none in the config, or a transform or an option that an exported file cannot describe.
-    """
+    """The config's test pipeline between image and network; ValueError where an exported file cannot describe it."""
     if "test_dataloader" not in config:
         raise ValueError(f"config {config.filename}: has no test_dataloader, whose pipeline prepares the images")
     transforms = []
     for step in get_test_pipeline_cfg(config):
         kind = str(step["type"]).rpartition(".")[2]
         if kind in _SILENT:
-            _check_loader(step, config)
+            for name, value in _LOADER_DEFAULTS.items():
+                if step.get(name, value) != value:
+                    raise ValueError(
+                        f"config {config.filename}: test pipeline: {kind}.{name}={step[name]!r}: expected {value!r}; "
+                        "an exported file reads images in no other way"
+                    )
         else:
             transforms.append(_described(kind, step, config))
     return tuple(transforms)
-
-
-def _check_loader(step: Any, config: Config) -> None:
-    for name, value in _LOADER_DEFAULTS.items():
-        if step.get(name, value) != value:
-            raise ValueError(
-                f"config {config.filename}: test pipeline: {step['type']}.{name}={step[name]!r}: expected {value!r}; "
-                "an exported file reads images in no other way"
-            )
 
 
 def _described(kind: str, step: Any, config: Config) -> Step:
@@ -103,21 +89,15 @@ def _described(kind: str, step: Any, config: Config) -> Step:
         values = {"type": kind, "size": (step.get("size") or ())[::-1]}
         values["pad_values"] = fill if isinstance(fill, (list, tuple)) else [fill] * 3
     try:
-        described: Step = msgspec.convert(values, Step)
-        return described
+        return msgspec.convert(values, Step)  # type: ignore[no-any-return]
     except (msgspec.ValidationError, TypeError) as error:
-        raise ValueError(
-            f"config {config.filename}: test pipeline: {dict(step)}: an exported file can describe Equalize with "
-            "prob=1, Resize with `scale`, and Pad with `size`, of at most 4096 pixels a side; export with a test "
-            f"pipeline of these ({error})"
-        ) from None
+        known = "Equalize with prob=1, Resize with `scale`, and Pad with `size`, of at most 4096 pixels a side"
+        problem = f"an exported file can describe {known}; use only these ({error})"
+        raise ValueError(f"config {config.filename}: test pipeline: {dict(step)}: {problem}") from None
 
 
 def example_shape(network: DeployedDetector) -> Shape:
-    """The shape to trace with; parity is checked at others.
-
-    Its sides are different and none is a single unit: equal sides, or ones, would become part of the program.
-    """
+    """The shape to trace with: equal sides, or sides of a single unit, would become part of the program."""
     unit = network.normalization.pad_size_divisor
     return 2, (network.min_units + 1) * unit, (network.min_units + 3) * unit
 

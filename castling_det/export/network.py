@@ -25,18 +25,13 @@ class DeployedDetector(nn.Module):
     """MMDetection's detector, from images as they were read to a fixed number of rows an image.
 
     Args:
-        detector: in eval mode; it is copied.
+        detector: in eval mode, of a family that has an exported form; it is copied.
         preprocessing: take BGR images of 0 to 255; otherwise what the detector's data preprocessor returns.
-        half: weights and features in float16. Norms, the accumulation of the attention, and everything from the
-            head's maps on stay in float32.
+        half: weights and features in float16; norms, the attention's sums and the head's outputs stay in float32.
 
     Attributes:
-        settings: thresholds of suppression, and rows an image.
         notes: sentences on the branches that are left out.
         min_units: least height and width, in `pad_size_divisor`, that the detector is traced and compared with.
-
-    Raises:
-        ValueError: a detector or a setting that has no exported form.
     """
 
     mean: Tensor
@@ -56,8 +51,7 @@ class DeployedDetector(nn.Module):
         # A map with a single row or column would be traced as one that has no other size.
         self.min_units = max(2, 2 * _coarsest_stride(detector) // self.normalization.pad_size_divisor)
         if half:
-            detector.half()
-            hold_norms_in_float32(detector)
+            hold_norms_in_float32(detector.half())
         self.decoder, self.notes = _decoder(detector)
         self.settings: PostProcessing = self.decoder.settings
         self.detector: Any = detector
@@ -71,9 +65,6 @@ class DeployedDetector(nn.Module):
             images: (B, 3, H, W), float32.
             sizes: height and width of each image without its padding, (B, 2), float32; None: there is no padding.
                 Boxes are clipped to them before suppression, as MMDetection does.
-
-        Returns:
-            `boxes` (B, N, 4), `scores` and `labels` (B, N), and the maps.
         """
         height, width = images.shape[-2:]
         if sizes is None:
@@ -99,10 +90,8 @@ def _decoder(detector: Any) -> tuple[Any, tuple[str, ...]]:
         return TwoStageDecoder(detector), notes
     if isinstance(detector, SingleStageDetector) and isinstance(detector.bbox_head, (AnchorHead, RTMDetHead)):
         return DenseDecoder(detector.bbox_head, PostProcessing.of(detector.test_cfg, "test_cfg")), ()
-    raise ValueError(
-        f"{type(detector).__name__}: expected a single-stage detector with an anchor, GFL, PicoDet or RTMDet head, or "
-        "Faster or Mask R-CNN; no other family is exported"
-    )
+    expected = "a single-stage detector with an anchor, GFL, PicoDet or RTMDet head, or Faster or Mask R-CNN"
+    raise ValueError(f"{type(detector).__name__}: expected {expected}; no other family is exported")
 
 
 def _coarsest_stride(detector: nn.Module) -> int:
@@ -116,9 +105,8 @@ def _coarsest_stride(detector: nn.Module) -> int:
 class _DividingConv(nn.Module):
     """A strided convolution of kernel k, stride s and padding p on a side n that s divides: n / s places.
 
-    The usual size, floor((n + 2 p - k) / s) + 1, is the same number, but a tracer of unknown n keeps the floor, and a
-    floor of that in the next layer: its formulas grow until comparing two sizes takes minutes. Padding the far side by
-    k - s - p, which may be a crop, leaves out only pixels that no place reads, and the formula is n / s.
+    The usual size, floor((n + 2 p - k) / s) + 1, is the same number, but a tracer keeps the floors of all layers, and
+    comparing two sizes takes minutes. Padding the far side by k - s - p, which may be a crop, gives n / s at once.
     """
 
     def __init__(self, conv: nn.Conv2d) -> None:
@@ -162,11 +150,7 @@ class _Float32Norm(nn.Module):
 
 
 def hold_norms_in_float32(module: nn.Module) -> None:
-    """Wraps every LayerNorm and GroupNorm inside `module`, in place.
-
-    They sum over a whole token or a whole map, for which float16 has too few digits. BatchNorm is only a scale and a
-    shift in eval mode. The attention itself accumulates in float32 in any precision.
-    """
+    """Wraps every LayerNorm and GroupNorm inside `module`, in place: float16 has too few digits for their sums."""
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, (nn.LayerNorm, nn.GroupNorm)):

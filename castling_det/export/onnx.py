@@ -16,23 +16,9 @@ from torch import nn
 
 from castling_det import __version__
 from castling_det.compat.host import EXPORTING_TORCH, release
+from castling_det.conversion import detectors
 from castling_det.conversion.checkpoints import load_checkpoint
-from castling_det.conversion.detectors import (
-    build_detector,
-    check_deployable,
-    load_weights,
-    training_config,
-    with_attention,
-)
-from castling_det.export.checks import (
-    TOLERANCES,
-    Runner,
-    ShapeParity,
-    check_linear_only,
-    check_parity,
-    compare,
-    default_shapes,
-)
+from castling_det.export import checks
 from castling_det.export.graph import DEFAULT_OPSET, finished, onnx_model, onnx_runner, trace
 from castling_det.export.inputs import Shape, example_images, example_shape, image_pipeline
 from castling_det.export.network import DeployedDetector
@@ -41,9 +27,7 @@ from castling_det.runtime.metadata import OUTPUT_NAMES, ModelMetadata
 from castling_det.runtime.preprocess import Resize
 from castling_det.runtime.torch_detector import class_names
 
-__all__ = ["PRECISIONS", "ExportReport", "export_onnx", "load_linear"]
-
-PRECISIONS = tuple(TOLERANCES)
+__all__ = ["ExportReport", "export_onnx", "load_linear"]
 
 
 @dataclass(frozen=True)
@@ -52,11 +36,11 @@ class ExportReport:
 
     path: Path
     metadata: ModelMetadata
-    parity: tuple[ShapeParity, ...]
+    parity: tuple[checks.ShapeParity, ...]
 
     def summary(self) -> str:
         """Lines for people."""
-        meta, limit = self.metadata, TOLERANCES[self.metadata.precision]
+        meta, limit = self.metadata, checks.TOLERANCES[self.metadata.precision]
         bounds = limit.line() if limit else "reported only"
         size = self.path.stat().st_size / 1e6
         lines = [
@@ -84,30 +68,25 @@ def export_onnx(
     """Writes `out` after it has passed its checks; on any refusal nothing is written.
 
     Args:
-        config, checkpoint: see `load_linear`.
-        out: file to write, `.onnx`.
+        config, checkpoint, out: see `load_linear`; `out` is the `.onnx` file to write.
         raw: the head's own outputs instead of detections.
         preprocessing: take images as they were read; otherwise normalised ones.
         precision: `"float32"`, `"float16"`, or `"int8"`: linear layers quantised dynamically, the rest float32.
         opset: of ONNX's default domain.
         shapes: of the images that the file is compared on; None: `default_shapes`.
-
-    Raises:
-        ValueError: unusable files or options, softmax attention in the graph, or a difference from PyTorch.
-        OSError: `out` cannot be written. An older `out` is as it was.
     """
     if release(torch.__version__) < release(EXPORTING_TORCH):
         raise ValueError(f"torch {torch.__version__} cannot export detectors; install torch >= {EXPORTING_TORCH}")
     out = Path(out)
     _check_out(out)
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision={precision!r}: expected one of {', '.join(map(repr, PRECISIONS))}")
+    if precision not in checks.TOLERANCES:
+        raise ValueError(f"precision={precision!r}: expected one of {', '.join(map(repr, checks.TOLERANCES))}")
     linear, detector, classes, notes = load_linear(config, checkpoint)
     network = DeployedDetector(detector, preprocessing=preprocessing, half=precision == "float16").eval()
     metadata = _described(linear, network, classes, checkpoint, raw=raw, precision=precision, opset=opset)
     metadata = dataclasses.replace(metadata, notes=(*metadata.notes, *notes))
     program = trace(network)
-    check_linear_only(program)
+    checks.check_linear_only(program)
     model = onnx_model(program, opset=opset)
     # Everything is compared; the file has only the outputs that were asked for, of the same graph.
     every = [output.name for output in model.graph.output]
@@ -115,7 +94,9 @@ def export_onnx(
     properties, int8 = metadata.to_properties(), precision == "int8"
     whole, file = (finished(model, names, int8=int8, properties=properties) for names in (every, asked))
     run = onnx_runner(whole.SerializeToString())
-    results = check_parity(detector, network, run, shapes or default_shapes(network), TOLERANCES[precision])
+    results = checks.check_parity(
+        detector, network, run, shapes or checks.default_shapes(network), checks.TOLERANCES[precision]
+    )
     try:
         with atomic_write(out) as part:
             part.write_bytes(file.SerializeToString())
@@ -132,33 +113,25 @@ def load_linear(
 ) -> tuple[Config, nn.Module, tuple[str, ...], tuple[str, ...]]:
     """The linear config, its detector with the checkpoint's weights, the classes, and notes of what is not proven.
 
-    Args:
-        config: a deploy or linear config; the castling config that it was converted from will do.
-        checkpoint: one that `tools/convert.py` wrote, or of a training with attention='linear'.
-
-    Raises:
-        ValueError: unusable config or checkpoint, or one whose softmax branch is not known to be gone.
+    The checkpoint is one that `tools/convert.py` wrote, or of a linear training; the config may be the castling one.
     """
-    linear = with_attention(training_config(config), "linear")
+    linear = detectors.with_attention(detectors.training_config(config), "linear")
     loaded = load_checkpoint(checkpoint)
-    meta, unproven = check_deployable(loaded, checkpoint)
-    detector = build_detector(linear)
-    _, unknown = load_weights(detector, loaded, checkpoint)
+    meta, unproven = detectors.check_deployable(loaded, checkpoint)
+    detector = detectors.build_detector(linear)
+    _, unknown = detectors.load_weights(detector, loaded, checkpoint)
     return linear, detector, class_names(meta, linear), (*unproven, *unknown)
 
 
-def _check_file(part: Path, compared: Runner, network: DeployedDetector) -> None:
-    """Compares the outputs of the file on the disk with those of the checked graph, up to the rounding of float16.
-
-    Fewer outputs let onnxruntime merge other nodes, which rounds differently.
-    """
+def _check_file(part: Path, compared: checks.Runner, network: DeployedDetector) -> None:
+    """Compares the file with the checked graph; with fewer outputs onnxruntime merges other nodes and rounds anew."""
     shape = example_shape(network)
     images = example_images(network, shape).numpy()
     found = onnx_runner(part)(images, None)
     expected = {name: value for name, value in compared(images, None).items() if name in found}
-    rounding = TOLERANCES["float16"]
+    rounding = checks.TOLERANCES["float16"]
     assert rounding is not None
-    if problems := compare(expected, found, shape, rounding).problems(rounding):
+    if problems := checks.compare(expected, found, shape, rounding).problems(rounding):
         raise ValueError(f"the written file differs from the graph that was compared: {', '.join(problems)}")
 
 

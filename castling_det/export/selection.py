@@ -1,8 +1,4 @@
-"""From candidates to a fixed number of detections an image, in operators that torch.export and ONNX know.
-
-Every tensor is (batch, ...) with the same number of candidates in all images. No shape depends on values, so that one
-graph serves any image.
-"""
+"""From candidates to a fixed number of detections an image; no shape depends on values, so one graph serves all."""
 
 from __future__ import annotations
 
@@ -21,14 +17,11 @@ RawMaps = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Detections:
-    """Boxes of a batch; a row of score 0 holds no detection."""
+    """Boxes (B, N, 4) as x1, y1, x2, y2, scores and labels (B, N); a row of score 0 holds no detection."""
 
     boxes: Tensor
-    """(B, N, 4), x1, y1, x2, y2."""
     scores: Tensor
-    """(B, N)."""
     labels: Tensor
-    """(B, N), int64."""
 
 
 def clip(boxes: Tensor, hw: Tensor) -> Tensor:
@@ -53,25 +46,15 @@ def select(found: Detections, count: int) -> Detections:
     labels = torch.cat([found.labels, found.labels.new_zeros(batch, count)], dim=1)
     best, places = torch.topk(scores, count, dim=1)
     real = best > 0
-    picked = torch.gather(boxes, 1, places.unsqueeze(-1).expand(-1, -1, 4))
-    return Detections(
-        torch.where(real.unsqueeze(-1), picked, 0.0),
-        best,
-        torch.where(real, torch.gather(labels, 1, places), -1),
-    )
+    boxes = torch.where(real.unsqueeze(-1), torch.gather(boxes, 1, places.unsqueeze(-1).expand(-1, -1, 4)), 0.0)
+    return Detections(boxes, best, torch.where(real, torch.gather(labels, 1, places), -1))
 
 
 def keep_by_nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
-    """Whether each candidate is left by non-maximum suppression within its group and class.
+    """Which candidates are left by non-maximum suppression within group and class, (G, K, N), bool.
 
-    Args:
-        boxes: (G, N, 4).
-        scores: of each class, (G, K, N); a candidate of score 0 takes no part.
-        iou_threshold: a box is dropped when its IoU with a better one that is kept is above it. It is rounded to
-            float32, as mmcv and ONNX round it.
-
-    Returns:
-        (G, K, N), bool.
+    Boxes are (G, N, 4), scores of each class (G, K, N); a candidate of score 0 takes no part. The threshold is rounded
+    to float32, as mmcv and ONNX round it.
     """
     kept: Tensor = torch.ops.castling_det.kept_by_nms(boxes, scores, ctypes.c_float(iou_threshold).value)
     return kept

@@ -16,11 +16,7 @@ __all__ = ["TwoStageDecoder"]
 
 
 class TwoStageDecoder(nn.Module):
-    """Proposals of the RPN, then boxes and classes of the RoI head, as MMDetection's two-stage detectors predict them.
-
-    Args:
-        detector: MMDetection's.
-    """
+    """Proposals of the RPN, then boxes and classes of the RoI head, as MMDetection's two-stage detectors predict."""
 
     def __init__(self, detector: Any) -> None:
         super().__init__()
@@ -35,22 +31,15 @@ class TwoStageDecoder(nn.Module):
     def forward(self, features: Sequence[Tensor], hw: Tensor) -> tuple[Detections, RawMaps]:
         """Detections of images of heights and widths `hw` (B, 2), and the maps of both heads.
 
-        The maps are the RPN's, the proposals (B, P, 4) with their scores, and for each proposal the RoI head's
-        `cls_score` (B, P, K + 1), logits with the background last, and `bbox_pred` (B, P, 4 K) or (B, P, 4).
+        `cls_score` (B, P, K + 1) are logits with the background last, `bbox_pred` is (B, P, 4 K) or (B, P, 4).
         """
         found, rpn = self.proposals(features, hw)
         batch, count = found.scores.shape
         image = torch.arange(batch, device=found.boxes.device, dtype=found.boxes.dtype)
-        image = image[:, None, None].expand(-1, count, 1)
-        rois = torch.cat([image, found.boxes], dim=-1).flatten(0, 1)
+        rois = torch.cat([image[:, None, None].expand(-1, count, 1), found.boxes], dim=-1).flatten(0, 1)
         scores, boxes = (x.float().unflatten(0, (batch, count)) for x in self.bbox_head(self._pooled(features, rois)))
-        maps = {
-            **{f"rpn_{name}": value for name, value in rpn.items()},
-            "proposals": found.boxes,
-            "proposal_scores": found.scores,
-            "cls_score": scores,
-            "bbox_pred": boxes,
-        }
+        maps = {f"rpn_{name}": value for name, value in rpn.items()}
+        maps |= {"proposals": found.boxes, "proposal_scores": found.scores, "cls_score": scores, "bbox_pred": boxes}
         return self._detections(found, scores, boxes, hw), maps
 
     def _detections(self, proposals: Detections, logits: Tensor, deltas: Tensor, hw: Tensor) -> Detections:
@@ -80,15 +69,7 @@ class TwoStageDecoder(nn.Module):
             # Run all RoIs on every level and zero the foreign ones: shapes stay static, and the sum picks the right
             # level. An empty RoI costs nothing and gives zeros.
             own = torch.where((levels == level).unsqueeze(-1), rois[:, 1:], 0.0)
-            pooled.append(
-                torch.ops.torchvision.roi_align(
-                    features[level].float(),
-                    torch.cat([rois[:, :1], own], dim=1),
-                    layer.spatial_scale,
-                    *layer.output_size,
-                    layer.sampling_ratio,
-                    layer.aligned,
-                )
-            )
-        total = torch.stack(pooled).sum(dim=0)
-        return total.to(features[0].dtype)
+            boxes = torch.cat([rois[:, :1], own], dim=1)
+            options = (layer.spatial_scale, *layer.output_size, layer.sampling_ratio, layer.aligned)
+            pooled.append(torch.ops.torchvision.roi_align(features[level].float(), boxes, *options))
+        return torch.stack(pooled).sum(dim=0).to(features[0].dtype)

@@ -17,16 +17,12 @@ Image = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Detections:
-    """Boxes of one image, best score first."""
+    """Boxes (n, 4) of one image as x1, y1, x2, y2 in its pixels, best score first; labels index `classes`."""
 
     boxes: NDArray[np.float32]
-    """(n, 4), x1, y1, x2, y2 in pixels of the image."""
     scores: NDArray[np.float32]
-    """(n,), in [0, 1]."""
     labels: NDArray[np.int64]
-    """(n,), indices into `classes`."""
     classes: tuple[str, ...]
-    """Names of all classes that the detector knows."""
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -50,10 +46,9 @@ class Detections:
         """COCO's result entries; `category_ids` has one for each class. Boxes are x, y, width, height."""
         entries = []
         for (x1, y1, x2, y2), score, label in zip(self.boxes.tolist(), self.scores.tolist(), self.labels, strict=True):
-            box = [round(x1, 3), round(y1, 3), round(x2 - x1, 3), round(y2 - y1, 3)]
-            entries.append(
-                {"image_id": image_id, "category_id": category_ids[label], "bbox": box, "score": round(score, 5)}
-            )
+            box = [round(value, 3) for value in (x1, y1, x2 - x1, y2 - y1)]
+            found = {"category_id": category_ids[label], "bbox": box, "score": round(score, 5)}
+            entries.append({"image_id": image_id, **found})
         return entries
 
     def _where(self, keep: Any) -> Detections:

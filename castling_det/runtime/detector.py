@@ -32,16 +32,12 @@ class Detector:
         device: `"cpu"`, `"cuda"` or `"cuda:N"`.
         score_thr: detections below it are left out, beside what the model itself leaves out.
         batch_size: images, or tiles of one, that go through the network at once.
-        tile: side in pixels of the square tiles in which an image larger than that is taken, through SAHI; None takes
-            every image whole, at the network's own size.
+        tile: side in pixels of the square tiles of larger images, through SAHI; None: every image whole.
         overlap: of neighbouring tiles, a fraction of `tile` in [0, 1).
         max_pixels: height x width of the largest image that is taken.
 
     Attributes:
         classes: names by label.
-
-    Raises:
-        ValueError: a file that is missing or of another kind, an unknown device, or a setting out of range.
     """
 
     def __init__(
@@ -56,30 +52,23 @@ class Detector:
         overlap: float = 0.2,
         max_pixels: int = MAX_PIXELS,
     ) -> None:
-        if not 0 <= score_thr <= 1:
-            raise ValueError(f"score_thr={score_thr}: expected a score in [0, 1]")
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size}: expected at least 1")
-        if tile is not None and tile < 16:
-            raise ValueError(f"tile={tile}: expected at least 16 pixels, or None for whole images")
-        if not 0 <= overlap < 1:
-            raise ValueError(f"overlap={overlap}: expected a fraction of the tile in [0, 1), such as 0.2")
-        self.score_thr = score_thr
-        self.batch_size = batch_size
-        self.tile = tile
-        self.overlap = overlap
-        self.max_pixels = max_pixels
+        for name, value, fits, expected in (
+            ("score_thr", score_thr, 0 <= score_thr <= 1, "a score in [0, 1]"),
+            ("batch_size", batch_size, batch_size >= 1, "at least 1"),
+            ("tile", tile, tile is None or tile >= 16, "at least 16 pixels, or None for whole images"),
+            ("overlap", overlap, 0 <= overlap < 1, "a fraction of the tile in [0, 1), such as 0.2"),
+        ):
+            if not fits:
+                raise ValueError(f"{name}={value}: expected {expected}")
+        self.score_thr, self.batch_size, self.max_pixels = score_thr, batch_size, max_pixels
+        self.tile, self.overlap = tile, overlap
         if tile is not None:
             _tiling()
         self.backend = _load(model, config, device)
         self.classes = self.backend.classes
 
     def __call__(self, image: Source) -> Detections:
-        """The detections in one image.
-
-        Raises:
-            ValueError: not an image, the wrong number of channels, or more than `max_pixels`.
-        """
+        """The detections in one image; ValueError: not an image of three channels, or more than `max_pixels`."""
         return self.detect([image])[0]
 
     def detect(self, images: Sequence[Source]) -> list[Detections]:
@@ -98,8 +87,7 @@ class Detector:
     def draw(self, image: Source, detections: Detections) -> Image:
         """A copy of the image with the detections on it, by MMDetection's visualizer where the model is its own."""
         draw = getattr(self.backend, "draw", draw_detections)
-        picture: Image = draw(self._loaded(image), detections)
-        return picture
+        return draw(self._loaded(image), detections)
 
     def _loaded(self, image: Source) -> Image:
         if isinstance(image, (str, os.PathLike)):
@@ -124,10 +112,8 @@ def _load(model: str | os.PathLike[str], config: str | os.PathLike[str] | None, 
     try:
         from castling_det.runtime.torch_detector import TorchDetector
     except ImportError as error:
-        raise ValueError(
-            f"model {path}: a checkpoint needs PyTorch and MMDetection ({error}); pip install 'castling-det[onedl]', "
-            "or export an .onnx file"
-        ) from None
+        problem = f"a checkpoint needs PyTorch and MMDetection ({error}); pip install 'castling-det[onedl]'"
+        raise ValueError(f"model {path}: {problem}, or export an .onnx file") from None
     return TorchDetector(path, config, device=device)
 
 

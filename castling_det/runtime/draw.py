@@ -20,7 +20,8 @@ def draw_detections(image: Image, detections: Detections) -> Image:
     for index in reversed(range(len(detections))):
         x1, y1, x2, y2 = (round(float(value)) for value in detections.boxes[index])
         label = int(detections.labels[index])
-        color = _color(label, len(detections.classes))
+        hue = 0.33 + label / max(len(detections.classes), 1)
+        color = [int(255 * value) for value in reversed(colorsys.hsv_to_rgb(hue, 0.7, 1.0))]
         cv2.rectangle(picture, (x1, y1), (x2, y2), color, thickness)
         text = f"{detections.classes[label]} {detections.scores[index]:.2f}"
         (width, height), base = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, font_scale, thickness)
@@ -29,8 +30,3 @@ def draw_detections(image: Image, detections: Detections) -> Image:
         origin = (x1, top + height)
         cv2.putText(picture, text, origin, cv2.FONT_HERSHEY_SIMPLEX, font_scale, (0, 0, 0), thickness, cv2.LINE_AA)
     return picture
-
-
-def _color(label: int, classes: int) -> tuple[int, int, int]:
-    red, green, blue = colorsys.hsv_to_rgb(0.33 + label / max(classes, 1), 0.7, 1.0)
-    return int(255 * blue), int(255 * green), int(255 * red)

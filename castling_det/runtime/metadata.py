@@ -63,22 +63,12 @@ class ModelMetadata:
 
     @classmethod
     def from_properties(cls, properties: Mapping[str, str], where: str) -> ModelMetadata:
-        """The inverse of `to_properties`; entries of others are left alone.
-
-        Args:
-            properties: all of a file's.
-            where: the file, for messages.
-
-        Raises:
-            ValueError: not a file of ours, another format, or a value that does not fit its field.
-        """
+        """The inverse of `to_properties`; entries of others are left alone. `where` names the file in errors."""
         if f"{PREFIX}format" not in properties:
             raise ValueError(f"{where}: an ONNX file, but not one of castling_det (no {PREFIX}format in it); {_EXPORT}")
-        values: dict[str, object] = {}
+        ours = {key.removeprefix(PREFIX): text for key, text in properties.items() if key.startswith(PREFIX)}
         try:
-            for key, text in properties.items():
-                if key.startswith(PREFIX):
-                    values[key.removeprefix(PREFIX)] = msgspec.json.decode(text)
+            values = {name: msgspec.json.decode(text) for name, text in ours.items()}
             if values["format"] != FORMAT:
                 raise ValueError(
                     f"{where}: format {values['format']!r:.80}: this version of castling_det reads {FORMAT!r}; "

@@ -15,37 +15,18 @@ from castling_det.runtime.preprocess import Prepared, padded_to_multiple, prepar
 
 __all__ = ["OnnxDetector"]
 
-_SAFE_ONNXRUNTIME = (1, 18)
-"""The first version that refuses a file whose weights lie outside of its folder; older ones read any path."""
-
 
 class OnnxDetector:
-    """An ONNX file of `tools/export_onnx.py`.
-
-    Args:
-        path: the file.
-        device: `"cpu"`, `"cuda"` or `"cuda:N"`.
-
-    Attributes:
-        info: what the file says about itself.
-        classes: names by label.
-
-    Raises:
-        ValueError: no such file, not one of ours, or a device that onnxruntime does not have.
-    """
+    """An ONNX file of `tools/export_onnx.py`; `info` has the file's metadata, `device` is as for `Detector`."""
 
     def __init__(self, path: str | os.PathLike[str], *, device: str = "cpu") -> None:
         self.path = Path(path)
         self._session = _session(self.path, device)
         self.info = ModelMetadata.from_properties(self._session.get_modelmeta().custom_metadata_map, f"model {path}")
-        for field, wanted, option in (
-            ("outputs", "detections", "--raw"),
-            ("preprocessing", "graph", "--no-preprocessing"),
-        ):
-            if getattr(self.info, field) != wanted:
-                raise ValueError(
-                    f"model {path}: {field}={getattr(self.info, field)!r}: expected {wanted!r}; export without {option}"
-                )
+        needed = (("outputs", "detections", "--raw"), ("preprocessing", "graph", "--no-preprocessing"))
+        for field, wanted, option in needed:
+            if (value := getattr(self.info, field)) != wanted:
+                raise ValueError(f"model {path}: {field}={value!r}: expected {wanted!r}; export without {option}")
         self.classes = self.info.classes
         _check_interface(self._session, path)
         # Files of earlier versions have no such input: they see padding as image.
@@ -70,15 +51,10 @@ class OnnxDetector:
         try:
             outputs = self._session.run(list(OUTPUT_NAMES), given)
         except Exception as error:  # onnxruntime has a class of its own for each kind of failure
-            raise ValueError(
-                f"model {self.path}: onnxruntime failed on images of shape {batch.shape}: {_line(error)}"
-            ) from error
-        rows = outputs[1].shape[-1]
-        if [value.shape for value in outputs] != [(len(batch), rows, 4), (len(batch), rows), (len(batch), rows)]:
-            raise ValueError(
-                f"model {self.path}: gives {', '.join(OUTPUT_NAMES)} of shapes "
-                f"{', '.join(str(value.shape) for value in outputs)} for {len(batch)} images; export it again"
-            )
+            raise self._wrong(f"onnxruntime failed on images of shape {batch.shape}: {_line(error)}") from error
+        rows, shapes = outputs[1].shape[-1], [value.shape for value in outputs]
+        if shapes != [(len(batch), rows, 4), (len(batch), rows), (len(batch), rows)]:
+            raise self._wrong(f"gives {', '.join(OUTPUT_NAMES)} of shapes {shapes} for {len(batch)} images")
         return [self._detections(*row) for row in zip(prepared, *outputs, strict=True)]
 
     def _detections(
@@ -87,12 +63,13 @@ class OnnxDetector:
         kept = labels >= 0
         boxes, scores, labels = boxes[kept], scores[kept], labels[kept]
         if not (np.isfinite(boxes).all() and np.isfinite(scores).all()):
-            raise ValueError(f"model {self.path}: gives boxes or scores that are not finite; export it again")
+            raise self._wrong("gives boxes or scores that are not finite")
         if len(labels) and labels.max() >= len(self.classes):
-            raise ValueError(
-                f"model {self.path}: gives label {labels.max()}, but names {len(self.classes)} classes; export it again"
-            )
+            raise self._wrong(f"gives label {labels.max()}, but names {len(self.classes)} classes")
         return Detections(prepared.to_original(boxes), scores, labels, self.classes)
+
+    def _wrong(self, what: str) -> ValueError:
+        return ValueError(f"model {self.path}: {what}; export it again")
 
 
 def _session(path: Path, device: str) -> Any:
@@ -102,20 +79,18 @@ def _session(path: Path, device: str) -> Any:
         import onnxruntime
     except ImportError:
         raise ValueError(f"model {path}: needs onnxruntime; pip install 'castling-det[runtime]'") from None
-    if tuple(int(part) for part in onnxruntime.__version__.split(".")[:2]) < _SAFE_ONNXRUNTIME:
-        raise ValueError(
-            f"model {path}: onnxruntime {onnxruntime.__version__} reads any file that an ONNX file names; "
-            f"pip install 'onnxruntime>={'.'.join(map(str, _SAFE_ONNXRUNTIME))}'"
-        )
+    # Older versions read weights from any path; this is the first that refuses a path outside of the file's folder.
+    if tuple(int(part) for part in onnxruntime.__version__.split(".")[:2]) < (1, 18):
+        problem = f"onnxruntime {onnxruntime.__version__} reads any file that an ONNX file names"
+        raise ValueError(f"model {path}: {problem}; pip install 'onnxruntime>=1.18'")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only: they come as exceptions, warnings are about the machine
     providers = _providers(device, onnxruntime)
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # onnxruntime has a class of its own for each kind of damage
-        raise ValueError(
-            f"model {path}: not an ONNX file that onnxruntime reads ({_line(error)}); copy or export it again"
-        ) from error
+        problem = f"not an ONNX file that onnxruntime reads ({_line(error)}); copy or export it again"
+        raise ValueError(f"model {path}: {problem}") from error
     if device != "cpu" and "CUDAExecutionProvider" not in session.get_providers():
         raise ValueError(f"device={device!r}: onnxruntime cannot start CUDA there; check driver, CUDA and cuDNN")
     return session
@@ -140,8 +115,7 @@ def _check_interface(session: Any, path: str | os.PathLike[str]) -> None:
     if inputs != {INPUT_NAME: ("tensor(float)", 4, [3])} or {name: outputs.get(name) for name in expected} != expected:
         raise ValueError(
             f"model {path}: inputs {inputs}, outputs {outputs}: expected float images (batch, 3, height, width), and "
-            "float boxes (batch, rows, 4), float scores and int64 labels (batch, rows); write it with "
-            "tools/export_onnx.py again"
+            "float boxes (batch, rows, 4), float scores and int64 labels (batch, rows); export it again"
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 import cv2
@@ -31,8 +31,7 @@ class Prepared:
     """An image on its way into the network."""
 
     pixels: Image
-    content_hw: tuple[int, int]
-    """Height and width of the image itself in `pixels`; the rest, on the right and at the bottom, is padding."""
+    content_hw: tuple[int, int]  # without the padding on the right and at the bottom
     original_hw: tuple[int, int]
 
     def to_original(self, boxes: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -40,8 +39,7 @@ class Prepared:
         (height, width), (original_height, original_width) = self.content_hw, self.original_hw
         limits = np.array([width, height, width, height], dtype=np.float32)
         back = np.array([1 / (width / original_width), 1 / (height / original_height)] * 2, dtype=np.float32)
-        scaled: NDArray[np.float32] = np.clip(boxes, 0, limits) * back
-        return scaled
+        return np.clip(boxes, 0, limits) * back
 
 
 class Equalize(Struct, frozen=True, tag=True):
@@ -49,7 +47,7 @@ class Equalize(Struct, frozen=True, tag=True):
 
     def __call__(self, prepared: Prepared) -> Prepared:
         """The next state of the image."""
-        return Prepared(equalize(prepared.pixels), prepared.content_hw, prepared.original_hw)
+        return replace(prepared, pixels=equalize(prepared.pixels))
 
 
 class Resize(Struct, frozen=True, tag=True):
@@ -61,17 +59,13 @@ class Resize(Struct, frozen=True, tag=True):
 
     def __call__(self, prepared: Prepared) -> Prepared:
         """The next state of the image."""
-        height, width = self.resized_hw(prepared.pixels.shape[:2])
+        (height, width), hw = self.scale, prepared.pixels.shape[:2]
+        if self.keep_ratio:
+            factor = min(max(self.scale) / max(hw), min(self.scale) / min(hw))
+            # At least one pixel: MMDetection fails on an image so narrow that nothing is left of it.
+            height, width = (max(int(side * factor + 0.5), 1) for side in hw)
         pixels = cv2.resize(prepared.pixels, (width, height), interpolation=_INTERPOLATIONS[self.interpolation])
-        return Prepared(pixels.astype(np.uint8, copy=False), (height, width), prepared.original_hw)
-
-    def resized_hw(self, hw: tuple[int, ...]) -> tuple[int, int]:
-        """Height and width afterwards, by MMDetection's rule."""
-        if not self.keep_ratio:
-            return self.scale
-        factor = min(max(self.scale) / max(hw), min(self.scale) / min(hw))
-        # At least one pixel: MMDetection fails on an image so narrow that nothing is left of it.
-        return max(int(hw[0] * factor + 0.5), 1), max(int(hw[1] * factor + 0.5), 1)
+        return replace(prepared, pixels=pixels.astype(np.uint8, copy=False), content_hw=(height, width))
 
 
 class Pad(Struct, frozen=True, tag=True):
@@ -84,10 +78,8 @@ class Pad(Struct, frozen=True, tag=True):
         """The next state of the image."""
         height, width = prepared.pixels.shape[:2]
         bottom, right = max(self.size[0] - height, 0), max(self.size[1] - width, 0)
-        pixels = cv2.copyMakeBorder(
-            prepared.pixels, 0, bottom, 0, right, cv2.BORDER_CONSTANT, value=tuple(self.pad_values)
-        )
-        return Prepared(pixels.astype(np.uint8, copy=False), prepared.content_hw, prepared.original_hw)
+        pixels = cv2.copyMakeBorder(prepared.pixels, 0, bottom, 0, right, cv2.BORDER_CONSTANT, value=self.pad_values)
+        return replace(prepared, pixels=pixels.astype(np.uint8, copy=False))
 
 
 Step = Equalize | Resize | Pad

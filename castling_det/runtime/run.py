@@ -8,7 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,25 +23,21 @@ from castling_det.runtime.sources import IMAGE_SUFFIXES, Frame, ImageFiles, Unre
 __all__ = ["EXIT_SKIPPED", "CocoPredictions", "Outcome", "detect_source"]
 
 EXIT_SKIPPED = 10
-_MOST_COUNTED = 100
-_PREDICTIONS = "predictions.json"
-_IMAGES = "images.json"
+_PREDICTIONS, _IMAGES = "predictions.json", "images.json"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run did."""
+    """What a run did; images are those that were taken, skipped are those that could not be read."""
 
     images: int
-    """Images or frames that were taken."""
     detections: int
     skipped: int
-    """Images or frames that could not be read."""
 
     @property
     def exit_code(self) -> int:
         """0, or 10 + the number of skipped images, at most 110."""
-        return EXIT_SKIPPED + min(self.skipped, _MOST_COUNTED) if self.skipped else 0
+        return EXIT_SKIPPED + min(self.skipped, 100) if self.skipped else 0
 
 
 def detect_source(
@@ -49,18 +45,16 @@ def detect_source(
 ) -> Outcome:
     """Runs the detector over a source and writes `out/predictions.json`, `out/images.json` and pictures or a video.
 
-    An image that cannot be read is one line on stderr; where none can, nothing is written.
-
-    Raises:
-        ValueError: annotations that do not fit, or an output that would replace an input.
-        OSError: a file cannot be written, such as on a full disk; none is left half written.
+    An image that cannot be read is one line on stderr; where none can, nothing is written. No file is half written.
+    ValueError: annotations that do not fit, or an output that would replace an input.
     """
     _check_outputs(source, out, draw, annotations)
     predictions = CocoPredictions(detector.classes, annotations)
     skipped = detections = 0
     with ExitStack() as stack:
         sink = stack.enter_context(_video_sink(source, out)) if draw and isinstance(source, Video) else None
-        for batch in _batches(_tracked(source), detector.batch_size):
+        frames = iter(_tracked(source))
+        while batch := list(itertools.islice(frames, detector.batch_size)):
             for frame, found in _detected(detector, batch):
                 if frame.image is None or found is None:
                     skipped += frame.missing
@@ -82,13 +76,7 @@ def detect_source(
 class CocoPredictions:
     """Gathers detections and writes them as COCO results, with the images and categories that they are about.
 
-    Args:
-        classes: names by label.
-        annotations: an existing COCO file whose image and category ids are taken; without one images count from 1 in
-            their order, categories from 1 in the order of the labels.
-
-    Raises:
-        ValueError: the file is not COCO's, or lacks one of the classes.
+    Ids are those of `annotations`, an existing COCO file; without one, images and categories count from 1.
     """
 
     def __init__(self, classes: tuple[str, ...], annotations: str | os.PathLike[str] | None = None) -> None:
@@ -99,20 +87,13 @@ class CocoPredictions:
         self.category_ids = tuple(range(1, len(classes) + 1))
         if annotations is not None:
             self._known, categories = _read_ids(Path(annotations))
-            missing = [name for name in classes if name not in categories]
-            if missing:
-                raise ValueError(
-                    f"annotations {annotations}: no category {', '.join(missing)}, which the detector knows; it has "
-                    f"{', '.join(categories)}"
-                )
+            if missing := [name for name in classes if name not in categories]:
+                problem = f"no category {', '.join(missing)}, which the detector knows; it has {', '.join(categories)}"
+                raise ValueError(f"annotations {annotations}: {problem}")
             self.category_ids = tuple(categories[name] for name in classes)
 
     def add(self, name: str, hw: tuple[int, ...], detections: Detections) -> None:
-        """One image's detections.
-
-        Raises:
-            ValueError: the annotations have no image of this name.
-        """
+        """One image's detections; ValueError: the annotations have no image of this name."""
         image_id = len(self.images) + 1 if self._known is None else self._known.get(Path(name).name)
         if image_id is None:
             raise ValueError(f"{name}: no image of this file_name in the annotations; run on their images only")
@@ -121,9 +102,8 @@ class CocoPredictions:
 
     def write(self, folder: Path) -> None:
         """`predictions.json` (a list, as `COCO.loadRes` reads it) and `images.json` (its images and categories)."""
-        categories = [
-            {"id": number, "name": name} for number, name in zip(self.category_ids, self.classes, strict=True)
-        ]
+        pairs = zip(self.category_ids, self.classes, strict=True)
+        categories = [{"id": number, "name": name} for number, name in pairs]
         described = {"images": self.images, "annotations": [], "categories": categories}
         # Both contents are on disk before either file takes its name.
         with atomic_write(folder / _IMAGES) as images_part, atomic_write(folder / _PREDICTIONS) as predictions_part:
@@ -146,31 +126,20 @@ def _read_ids(path: Path) -> tuple[dict[str, int], dict[str, int]]:
 
 def _check_outputs(source: ImageFiles | Video, out: Path, draw: bool, annotations: Path | None) -> None:
     """Refuses, before anything is decoded, outputs that would replace an input, under whatever name or link."""
-    inputs = {}
-    for path in [*source.paths, *([annotations] if annotations else [])]:
-        for status in _statuses(path):
-            inputs[status.st_dev, status.st_ino] = path
-    outputs = [out / _PREDICTIONS, out / _IMAGES]
-    if draw and isinstance(source, Video):
-        outputs.append(_video_path(source, out))
-    elif draw and isinstance(source, ImageFiles):
-        outputs += [_picture_path(out, source.name_of(path)) for path in source.paths]
-    for path in outputs:
-        for status in _statuses(path):
-            if (status.st_dev, status.st_ino) in inputs:
-                raise ValueError(
-                    f"--out {out}: {path} would replace the input {inputs[status.st_dev, status.st_ino]}; give "
-                    "another folder"
-                )
+    taken = [*source.paths, *([annotations] if annotations else [])]
+    inputs = {identity: path for path in taken for identity in _identities(path)}
+    for path in [out / _PREDICTIONS, out / _IMAGES, *(_drawn_paths(source, out) if draw else [])]:
+        for identity in _identities(path):
+            if identity in inputs:
+                raise ValueError(f"--out {out}: {path} would replace the input {inputs[identity]}; give another folder")
 
 
-def _statuses(path: Path) -> Iterator[os.stat_result]:
+def _identities(path: Path) -> Iterator[tuple[int, int]]:
     """Of the file, and of the link where it is one; none of a file that does not exist."""
-    for status in (os.lstat, os.stat):
-        try:
-            yield status(path)
-        except OSError:
-            continue
+    for read in (os.lstat, os.stat):
+        with suppress(OSError):
+            status = read(path)
+            yield status.st_dev, status.st_ino
 
 
 def _detected(detector: Detector, batch: list[Frame]) -> list[tuple[Frame, Detections | None]]:
@@ -199,27 +168,23 @@ def _write_picture(path: Path, picture: Image) -> None:
         temporary.write_bytes(content.tobytes())
 
 
-def _video_path(source: Video, out: Path) -> Path:
-    return out / f"{source.paths[0].stem[:50]}_detections.mp4"
+def _drawn_paths(source: ImageFiles | Video, out: Path) -> list[Path]:
+    if isinstance(source, Video):
+        return [out / f"{source.paths[0].stem[:50]}_detections.mp4"]
+    return [_picture_path(out, source.name_of(path)) for path in source.paths]
 
 
 @contextmanager
 def _video_sink(source: Video, out: Path) -> Iterator[Any]:
     import supervision
 
-    path = _video_path(source, out)
+    (path,) = _drawn_paths(source, out)
     with atomic_write(path, suffix=".part.mp4") as part, ExitStack() as stack:
         try:
             sink = stack.enter_context(supervision.VideoSink(str(part), source.info))
         except RuntimeError as error:
             raise OSError(errno.EIO, str(error), str(path)) from error
         yield sink
-
-
-def _batches(frames: Iterable[Frame], size: int) -> Iterator[list[Frame]]:
-    iterator = iter(frames)
-    while batch := list(itertools.islice(iterator, size)):
-        yield batch
 
 
 def _tracked(source: ImageFiles | Video) -> Iterable[Frame]:

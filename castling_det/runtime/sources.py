@@ -6,7 +6,7 @@ import glob
 import os
 import stat
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,17 +15,7 @@ import numpy as np
 
 from castling_det.runtime.detections import Image
 
-__all__ = [
-    "IMAGE_SUFFIXES",
-    "MAX_PIXELS",
-    "Frame",
-    "ImageFiles",
-    "UnreadableImage",
-    "Video",
-    "check_image",
-    "open_source",
-    "read_image",
-]
+__all__ = ["Frame", "ImageFiles", "UnreadableImage", "Video", "check_image", "open_source", "read_image"]
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 _OTHER_IMAGES = (".avif", ".gif", ".heic", ".heif", ".jp2", ".jxl")
@@ -40,34 +30,28 @@ class UnreadableImage(ValueError):
 
 @dataclass(frozen=True)
 class Frame:
-    """One image of a source, or why there is none."""
+    """One image of a source; where `image` is None, the problem in one sentence and how many images are missing."""
 
     name: str
     """The file's path below the source, or a video's frame such as `clip.mp4#000012`."""
     image: Image | None
     problem: str = ""
-    """One sentence where `image` is None."""
     missing: int = 0
-    """Images that the problem stands for, at least 1 where `image` is None."""
 
 
 def open_source(source: str, *, max_frames: int | None = None, max_pixels: int = MAX_PIXELS) -> ImageFiles | Video:
-    """An image, a folder (not the folders in it), a glob (`**` goes into folders), or a video file.
-
-    Raises:
-        ValueError: there is no such thing, or no image in it.
-    """
+    """An image, a folder (not the folders in it), a glob (`**` goes into folders), or a video; else ValueError."""
     path = Path(source)
     if path.is_file():
         if path.suffix.lower() in _VIDEO_SUFFIXES:
             return Video(path, max_frames=max_frames, max_pixels=max_pixels)
         return ImageFiles([path], max_pixels=max_pixels)
     suffixes = (*IMAGE_SUFFIXES, *_OTHER_IMAGES)
-    candidates: Iterable[Path]
     if path.is_dir():
-        candidates, reason = path.iterdir(), f"no image in this folder (expected {', '.join(IMAGE_SUFFIXES)} files)"
+        candidates = list(path.iterdir())
+        reason = f"no image in this folder (expected {', '.join(IMAGE_SUFFIXES)} files)"
     else:
-        candidates = map(Path, glob.iglob(source, recursive=True))
+        candidates = list(map(Path, glob.iglob(source, recursive=True)))
         reason = "no image matches" if glob.has_magic(source) else "no such file or folder"
     # Whatever has the name of an image is taken: what cannot be read is counted, not left out without a word.
     found = sorted(candidate for candidate in candidates if candidate.suffix.lower() in suffixes)
@@ -100,19 +84,9 @@ class ImageFiles:
 
 
 class Video:
-    """The frames of a video file, through supervision (`pip install castling-det[video]`).
+    """The frames of a video file, at most `max_frames`, through supervision (`pip install castling-det[video]`).
 
-    Args:
-        path: the file.
-        max_frames: stop after so many; None reads to the end.
-        max_pixels: of a frame.
-
-    Attributes:
-        info: supervision's `VideoInfo`: size, frames a second.
-        total: frames that the file says it has, or that were asked for; None where it does not say.
-
-    Raises:
-        ValueError: supervision is missing, or the file is not a video that it opens.
+    `info` is supervision's `VideoInfo`; `total` is the number of frames, None where the file does not say.
     """
 
     def __init__(self, path: Path, *, max_frames: int | None = None, max_pixels: int = MAX_PIXELS) -> None:
@@ -125,9 +99,8 @@ class Video:
         try:
             self.info = supervision.VideoInfo.from_video_path(str(path))
         except Exception:  # supervision raises nothing more special
-            raise ValueError(
-                f"video {path}: not a video that OpenCV opens, or damaged; copy it again or convert it"
-            ) from None
+            problem = "not a video that OpenCV opens, or damaged; copy it again or convert it"
+            raise ValueError(f"video {path}: {problem}") from None
         if not 0 < self.info.fps <= 1000:
             self.info.fps = 25.0
         self.paths = [path]
@@ -155,11 +128,7 @@ class Video:
 
 
 def read_image(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) -> Image:
-    """A file as MMDetection loads it: three channels, 8 bits, BGR, turned as its EXIF says.
-
-    Raises:
-        UnreadableImage: no such file, no image, or one that is too large; names it.
-    """
+    """A file as MMDetection loads it: three channels, 8 bits, BGR, turned as its EXIF says; else UnreadableImage."""
     path = Path(path)
     try:
         # A pipe or an endless device would be read for ever.
@@ -186,21 +155,14 @@ def read_image(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) ->
 
 
 def check_image(image: object, name: str = "image", *, max_pixels: int = MAX_PIXELS) -> Image:
-    """The image itself, if it is one: (height, width, 3) of uint8, BGR.
-
-    Raises:
-        UnreadableImage: another type, number of channels or size.
-    """
+    """The image itself, if it is one: (height, width, 3) of uint8, BGR; else UnreadableImage."""
     if not isinstance(image, np.ndarray):
         raise UnreadableImage(
-            f"{name}: {type(image).__name__}: expected a file or an array (height, width, 3) of uint8"
+            f"{name}: {type(image).__name__}: expected a file or an array of uint8, (height, width, 3)"
         )
     if image.ndim != 3 or image.shape[2] != 3:
         channels = image.shape[2] if image.ndim == 3 else f"none, its shape is {image.shape}"
-        raise UnreadableImage(
-            f"{name}: number of channels: {channels}; expected 3, (height, width, 3) in the order BGR; convert it, "
-            "such as with cv2.cvtColor"
-        )
+        raise UnreadableImage(f"{name}: number of channels: {channels}; expected 3, in the order BGR (cv2.cvtColor)")
     if image.dtype != np.uint8:
         raise UnreadableImage(f"{name}: values of type {image.dtype}: expected uint8, 0 to 255; scale it")
     _check_size(image.shape[:2], name, max_pixels)
@@ -216,50 +178,17 @@ def _check_size(hw: tuple[int, ...], name: str, max_pixels: int) -> None:
 
 
 def _declared_hw(content: bytes) -> tuple[int, int] | None:
-    """Height and width in the header of a PNG, BMP, WebP, TIFF or JPEG file, None where none is found."""
+    """Height and width in the header of a PNG or JPEG file; None where none is found."""
     try:
         if content.startswith(b"\x89PNG"):
-            width, height = struct.unpack(">II", content[16:24])
-        elif content.startswith(b"BM"):
-            width, height = struct.unpack("<ii", content[18:26])
-        elif content[8:16] == b"WEBPVP8 ":
-            width, height = (side & 0x3FFF for side in struct.unpack("<HH", content[26:30]))
-        elif content[8:16] == b"WEBPVP8X":
-            width, height = (int.from_bytes(content[at : at + 3], "little") + 1 for at in (24, 27))
-        elif content[8:16] == b"WEBPVP8L":
-            bits = int.from_bytes(content[21:25], "little")
-            width, height = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
-        elif content.startswith((b"II*\0", b"MM\0*")):
-            return _tiff_hw(content, "<" if content.startswith(b"II") else ">")
-        elif content.startswith(b"\xff\xd8"):
-            return _jpeg_hw(content)
-        else:
-            return None
-    except (struct.error, IndexError):
-        return None
-    return abs(height), abs(width)
-
-
-def _tiff_hw(content: bytes, order: str) -> tuple[int, int] | None:
-    (start,) = struct.unpack_from(f"{order}I", content, 4)
-    (count,) = struct.unpack_from(f"{order}H", content, start)
-    width = None
-    for entry in range(start + 2, start + 2 + 12 * count, 12):
-        tag, kind = struct.unpack_from(f"{order}HH", content, entry)
-        if tag in (256, 257):  # the width, then the height
-            (side,) = struct.unpack_from(f"{order}{'H' if kind == 3 else 'I'}", content, entry + 8)
-            if tag == 257 and width is not None:
-                return side, width
-            width = side
-    return None
-
-
-def _jpeg_hw(content: bytes) -> tuple[int, int] | None:
-    at = 2
-    while content[at] == 0xFF:
-        marker, length = struct.unpack_from(">BH", content, at + 1)
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            height, width = struct.unpack_from(">HH", content, at + 5)
+            width, height = struct.unpack_from(">II", content, 16)
             return height, width
-        at += 2 + length
+        at = 2 if content.startswith(b"\xff\xd8") else len(content)
+        while content[at] == 0xFF:
+            marker, length, height, width = struct.unpack_from(">BHxHH", content, at + 1)
+            if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+                return height, width
+            at += 2 + length
+    except (struct.error, IndexError):
+        pass
     return None

@@ -14,16 +14,10 @@ __all__ = ["detect_tiled"]
 def detect_tiled(
     backend: Backend, image: Image, *, tile: int, overlap: float = 0.2, batch_size: int = 1, ios_threshold: float = 0.5
 ) -> Detections:
-    """Detects in tiles and merges.
+    """Detects in square tiles of side `tile`, `batch_size` at once, and merges; other options as for `Detector`.
 
-    Args:
-        backend: the detector of one tile.
-        image: any size.
-        tile: side of the square tiles in pixels of the image. The last of a row or column are shifted inwards.
-        overlap: of neighbouring tiles, as a fraction of `tile` in [0, 1).
-        batch_size: tiles that are given to the detector at once.
-        ios_threshold: of two boxes of one class, the lower is dropped where the intersection is more than this part of
-            the smaller one: a tree that a tile's border cuts is inside the whole one of the neighbouring tile.
+    Of two boxes of one class, the lower score is dropped where they share more than `ios_threshold` of the smaller box:
+    a tree that a tile's border cuts is inside the whole tree of the neighbouring tile.
     """
     height, width = image.shape[:2]
     tiles = get_slice_bboxes(height, width, tile, tile, overlap_height_ratio=overlap, overlap_width_ratio=overlap)

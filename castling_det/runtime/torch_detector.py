@@ -26,18 +26,9 @@ __all__ = ["TorchDetector", "class_names"]
 
 
 class TorchDetector:
-    """A checkpoint and its config.
+    """A checkpoint of a training (its averaged weights where EMAHook left them) or of a conversion, and its config.
 
-    Args:
-        checkpoint: a training's (the averaged weights where EMAHook left them) or a converted one.
-        config: file or `castling_det::...`; its test pipeline prepares the images.
-        device: as torch names it.
-
-    Attributes:
-        classes: names by label, from the checkpoint's meta, else from the config.
-
-    Raises:
-        ValueError: unusable file, config or device; names it.
+    The config's test pipeline prepares the images.
     """
 
     def __init__(
@@ -60,11 +51,7 @@ class TorchDetector:
         self._visualizer: DetLocalVisualizer | None = None
 
     def detect(self, images: list[Image]) -> list[Detections]:
-        """One result for each image; images that have one size after the pipeline share a batch.
-
-        Raises:
-            UnreadableImage: one that the config's pipeline cannot prepare, such as one too narrow for its resize.
-        """
+        """One result for each image; UnreadableImage for one that the pipeline cannot prepare, such as a narrow one."""
         prepared = [self._prepared(image) for image in images]
 
         def run(indices: list[int]) -> list[Detections]:
@@ -90,11 +77,9 @@ class TorchDetector:
         try:
             return self._pipeline({"img": image, "img_id": 0})
         except Exception as error:  # a transform fails in any way
-            height, width = image.shape[:2]
-            reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
-            raise UnreadableImage(
-                f"{height} x {width} pixels: the config's test pipeline cannot prepare it ({reason[0]:.100})"
-            ) from error
+            (height, width), lines = image.shape[:2], str(error).strip().splitlines() or [type(error).__name__]
+            problem = f"the config's test pipeline cannot prepare it ({lines[-1]:.100})"
+            raise UnreadableImage(f"{height} x {width} pixels: {problem}") from error
 
     def _detections(self, found: Any) -> Detections:
         scores = found.scores.numpy().astype(np.float32)

@@ -34,12 +34,10 @@ MVIT = dict(
     out_indices=(0, 1, 2),
     attention="linear",
 )
+HEAD = dict(num_classes=3, in_channels=16, feat_channels=16, stacked_convs=1)
 GFL_HEAD = dict(
     type="GFLHead",
-    num_classes=3,
-    in_channels=16,
-    feat_channels=16,
-    stacked_convs=1,
+    **HEAD,
     norm_cfg=dict(type="GN", num_groups=4),
     anchor_generator=dict(
         type="AnchorGenerator", ratios=[1.0], octave_base_scale=4, scales_per_octave=1, strides=[8, 16]
@@ -52,15 +50,20 @@ GFL_HEAD = dict(
 PYRAMID = dict(type="castling_det.SimpleFeaturePyramid", in_channels=16, in_stride=8, out_channels=16)
 DELTAS = dict(type="DeltaXYWHBBoxCoder", target_means=[0.0] * 4, target_stds=[0.5] * 4)
 
+
+def extractor(size):
+    """RoI features of `size` x `size`."""
+    layer = dict(type="RoIAlign", output_size=size, sampling_ratio=0)
+    return dict(type="SingleRoIExtractor", roi_layer=layer, out_channels=16, featmap_strides=[4, 8, 16, 32])
+
+
 MODELS = {
     "gfl_vit": dict(type="GFL", backbone=VIT, neck=dict(PYRAMID, out_strides=(8, 16)), bbox_head=GFL_HEAD),
     "picodet_levit": dict(
         type="GFL",
         backbone=LEVIT,
         neck=dict(type="castling_det.CSPPAN", in_channels=(16, 32, 48), out_channels=16),
-        bbox_head=dict(
-            type="castling_det.PicoHead", num_classes=3, in_channels=16, feat_channels=16, stacked_convs=1
-        ),
+        bbox_head=dict(type="castling_det.PicoHead", **HEAD),
     ),
     "rtmdet_levit": dict(
         type="RTMDet",
@@ -68,10 +71,7 @@ MODELS = {
         neck=dict(type="castling_det.CSPPAN", in_channels=(16, 32, 48), out_channels=16, num_outs=3),
         bbox_head=dict(
             type="RTMDetSepBNHead",
-            num_classes=3,
-            in_channels=16,
-            feat_channels=16,
-            stacked_convs=1,
+            **HEAD,
             share_conv=True,
             exp_on_reg=True,
             norm_cfg=dict(type="BN"),
@@ -94,10 +94,7 @@ MODELS = {
         neck=dict(PYRAMID, out_strides=(8, 16, 32, 64, 128)),
         bbox_head=dict(
             type="RetinaHead",
-            num_classes=3,
-            in_channels=16,
-            feat_channels=16,
-            stacked_convs=1,
+            **HEAD,
             anchor_generator=dict(
                 type="AnchorGenerator", octave_base_scale=4, scales_per_octave=2, ratios=[0.5, 2.0],
                 strides=[8, 16, 32, 64, 128],
@@ -122,13 +119,7 @@ MODELS = {
         ),
         roi_head=dict(
             type="StandardRoIHead",
-            bbox_roi_extractor=dict(
-                type="SingleRoIExtractor",
-                roi_layer=dict(type="RoIAlign", output_size=7, sampling_ratio=0),
-                out_channels=16,
-                featmap_strides=[4, 8, 16, 32],
-                finest_scale=14,
-            ),
+            bbox_roi_extractor=dict(extractor(7), finest_scale=14),
             bbox_head=dict(
                 type="Shared2FCBBoxHead",
                 in_channels=16,
@@ -139,15 +130,8 @@ MODELS = {
                 loss_cls=dict(type="CrossEntropyLoss", use_sigmoid=False),
                 loss_bbox=dict(type="L1Loss"),
             ),
-            mask_roi_extractor=dict(
-                type="SingleRoIExtractor",
-                roi_layer=dict(type="RoIAlign", output_size=14, sampling_ratio=0),
-                out_channels=16,
-                featmap_strides=[4, 8, 16, 32],
-            ),
-            mask_head=dict(
-                type="FCNMaskHead", num_convs=1, in_channels=16, conv_out_channels=16, num_classes=3
-            ),
+            mask_roi_extractor=extractor(14),
+            mask_head=dict(type="FCNMaskHead", num_convs=1, in_channels=16, conv_out_channels=16, num_classes=3),
         ),
         test_cfg=dict(
             rpn=dict(nms_pre=60, max_per_img=40, nms=dict(type="nms", iou_threshold=0.7), min_bbox_size=0),

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from castling_det.export.checks import compare, default_shapes, example_sizes, reference
 from castling_det.export.inputs import example_images
-from castling_det.export.network import DeployedDetector
+from castling_det.export.network import DeployedDetector, keep_sizes_simple
 from castling_det.export.selection import Detections, keep_by_nms, select
 from tests.export.conftest import MODELS
+
+GEOMETRIES = [(7, 4, 3), (3, 2, 1), (3, 4, 1), (3, 8, 1), (5, 2, 2), (2, 2, 0), ((3, 5), (2, 4), (1, 2))]
 
 
 def outputs(network, images, sizes=None):
@@ -102,28 +107,61 @@ def test_padding_values_become_zero(tiny):
     assert not seen[0].any()
 
 
-def test_families_without_an_exported_form_are_refused(tiny):
-    _, detector = tiny("gfl_vit")
+def retyped(detector):
     detector.__class__ = type("Unknown", (torch.nn.Module,), {})
-    with pytest.raises(ValueError, match=r"Unknown: expected a single-stage detector .* no other family is exported"):
-        DeployedDetector(detector)
 
 
 @pytest.mark.parametrize(
-    "settings, message",
+    "change, message",
     [
-        (dict(nms=dict(type="soft_nms", iou_threshold=0.5)), r"test_cfg\.nms=.*expected dict\(type='nms'"),
-        (dict(max_per_img=-1), r"test_cfg\.max_per_img=-1: expected a positive number"),
+        (lambda x: x.test_cfg.update(nms=dict(type="soft_nms")), r"test_cfg\.nms=.*expected dict\(type='nms'"),
+        (lambda x: x.test_cfg.update(max_per_img=-1), r"test_cfg\.max_per_img=-1: expected a positive number"),
+        (lambda x: x.train(), "training mode; call eval"),
+        (retyped, r"Unknown: expected a single-stage detector .* no other family is exported"),
     ],
 )
-def test_settings_without_an_exported_form_are_refused(tiny, settings, message):
+def test_detectors_without_an_exported_form_are_refused(tiny, change, message):
     _, detector = tiny("gfl_vit")
-    detector.test_cfg = {**detector.test_cfg, **settings}
+    change(detector)
     with pytest.raises(ValueError, match=message):
         DeployedDetector(detector)
 
 
-def test_a_detector_in_training_mode_is_refused(tiny):
-    _, detector = tiny("gfl_vit")
-    with pytest.raises(ValueError, match="training mode; call eval"):
-        DeployedDetector(detector.train())
+@pytest.mark.parametrize("kernel, stride, padding", GEOMETRIES)
+@pytest.mark.parametrize("unit", [8, 12])
+def test_an_exported_convolution_gives_the_same_at_any_multiple(kernel, stride, padding, unit):
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(3, 4, kernel, stride, padding))
+    simple = copy.deepcopy(plain)
+    keep_sizes_simple(simple)
+    rows, columns = torch.export.Dim("rows", min=1), torch.export.Dim("columns", min=1)
+    program = torch.export.export(
+        simple, (torch.randn(2, 3, 2 * unit, 3 * unit),), dynamic_shapes=({2: unit * rows, 3: unit * columns},),
+        strict=False,
+    )  # fmt: skip
+    for size in [(2 * unit, 3 * unit), (5 * unit, 4 * unit)]:
+        x = torch.randn(2, 3, *size)
+        for function in (simple, program.module()):
+            torch.testing.assert_close(function(x), plain(x))
+    if unit == 8:
+        (shape,) = [node.meta["val"].shape for node in program.graph.nodes if "conv2d" in node.name]
+        assert "//" not in str(shape[2]) and "//" not in str(shape[3]), shape
+
+
+def test_a_side_that_the_stride_does_not_divide_keeps_its_rounding():
+    plain = nn.Sequential(nn.Conv2d(1, 1, 3, 2, 1))
+    expected = plain(torch.ones(1, 1, 7, 9))
+    keep_sizes_simple(plain)
+    torch.testing.assert_close(plain(torch.ones(1, 1, 7, 9)), expected, rtol=0, atol=0)
+
+
+def test_only_plain_strided_convolutions_are_taken():
+    class Own(nn.Conv2d):
+        pass
+
+    model = nn.Sequential(
+        Own(1, 1, 3, 2), nn.Conv2d(1, 1, 3), nn.Conv2d(1, 1, 3, 2, dilation=2), nn.Conv2d(1, 1, 3, 2, padding="valid")
+    )
+    before = [type(layer) for layer in model]
+    keep_sizes_simple(model)
+    assert [type(layer) for layer in model] == before

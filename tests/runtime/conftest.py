@@ -53,19 +53,13 @@ def spot_model(
 
     `changes` are metadata values, of which None is left out; `texts` are metadata that are no JSON values.
     """
-    constants = {
-        "shape": np.array([0, -1], dtype=np.int64),
-        "two": np.array([2], dtype=np.int64),
-        "three": np.array([3], dtype=np.int64),
-        "one": np.array([1], dtype=np.int64),
-        "middle": np.array(0.5, dtype=np.float32),
-        "corner": np.array([-half_side, -half_side, half_side, half_side], dtype=np.float32),
-        "scale": np.array(255.0, dtype=np.float32),
-        "label": np.array(label, dtype=np.int64),
-        "minus": np.array(-1, dtype=np.int64),
-        "box_pads": np.array([0, 0, 0, 0, 1, 0], dtype=np.int64),
-        "row_pads": np.array([0, 0, 0, 1], dtype=np.int64),
-    }
+    integers = {
+        "shape": [0, -1], "two": [2], "three": [3], "one": [1], "label": label, "minus": -1,
+        "box_pads": [0, 0, 0, 0, 1, 0], "row_pads": [0, 0, 0, 1],
+    }  # fmt: skip
+    floats = {"middle": 0.5, "corner": [-half_side, -half_side, half_side, half_side], "scale": 255.0}
+    constants = {name: np.array(value, dtype=np.int64) for name, value in integers.items()}
+    constants |= {name: np.array(value, dtype=np.float32) for name, value in floats.items()}
     node = helper.make_node
     nodes = [
         node("Slice", ["images", "two", "three", "one"], ["red"]),

@@ -49,17 +49,13 @@ IMAGES = [photo(hw, None, seed=i) for i, hw in enumerate(SIZES)]
 
 
 def agree(ours, theirs, tolerance):
+    """Each box has a partner of its label and score; equal scores may stand in any order."""
     assert len(ours) == len(theirs) > 0 and ours.classes == theirs.classes
     np.testing.assert_allclose(ours.scores, theirs.scores, rtol=0, atol=1e-5)
-    distance = distances(ours, theirs)
-    assert distance.min(axis=0).max() < tolerance and distance.min(axis=1).max() < tolerance
-
-
-def distances(ours, theirs):
-    """Each box against each, pixels; far apart where label or score differ. Equal scores may stand in any order."""
     distance = np.abs(ours.boxes[:, None] - theirs.boxes[None]).max(axis=-1)
     distance += 1e3 * (ours.labels[:, None] != theirs.labels[None])
-    return distance + 1e3 * (np.abs(ours.scores[:, None] - theirs.scores[None]) > 1e-5)
+    distance += 1e3 * (np.abs(ours.scores[:, None] - theirs.scores[None]) > 1e-5)
+    assert distance.min(axis=0).max() < tolerance and distance.min(axis=1).max() < tolerance
 
 
 def test_onnx_and_pytorch_find_the_same(detectors):

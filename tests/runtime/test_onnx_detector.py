@@ -22,6 +22,7 @@ def test_three_lines(model):
     assert detections.names == ("spot",) and detections.classes == ("leaf", "spot") and len(detections) == 1
     np.testing.assert_allclose(detections.boxes, [[36.5, 16.5, 44.5, 24.5]], atol=1.01)
     assert detections.scores[0] == pytest.approx(250 / 255, rel=1e-5)
+    assert len(Detector(model, score_thr=0.98)(photo())) == 1 and len(Detector(model, score_thr=0.99)(photo())) == 0
 
 
 @pytest.mark.parametrize(("hw", "spot"), [((48, 64), (20, 40)), ((300, 200), (250, 31)), ((64, 500), (30, 470))])
@@ -54,11 +55,6 @@ def test_padding_takes_the_files_values(tmp_path):
     assert (detections.boxes >= 0).all() and (detections.boxes[:, 3] <= 40).all(), "clipped to the image"
 
 
-def test_score_thr(model):
-    image = photo(red=128)
-    assert len(Detector(model, score_thr=0.5)(image)) == 1 and len(Detector(model, score_thr=0.51)(image)) == 0
-
-
 def test_every_step_of_the_pipeline_is_used(tmp_path):
     plain, equalized = (
         spot_model(tmp_path / f"{len(steps)}.onnx", pipeline=steps)
@@ -71,30 +67,20 @@ def test_every_step_of_the_pipeline_is_used(tmp_path):
 
 RESIZE = METADATA["pipeline"][0]
 LIES = {
-    "no format": (
-        dict(format=None),
-        r"not one of castling_det \(no castling_det.format.*export_onnx",
-    ),
+    "no format": (dict(format=None), r"not one of castling_det \(no castling_det.format.*export_onnx"),
     "next format": (dict(format="2"), r"format '2': this version of castling_det reads '1'"),
     "raw outputs": (dict(outputs="raw"), r"spot.onnx: outputs='raw': expected 'detections'; export without --raw"),
     "no preprocessing": (dict(preprocessing="outside"), r"preprocessing='outside'.*--no-preprocessing"),
     "no JSON": (dict(texts={"classes": "[1"}), r"metadata do not fit: "),
-    "NaN": (dict(texts={"score_thr": "NaN"}), r"metadata do not fit: "),
     "deep": (dict(texts={"classes": "[" * 100_000}), r"metadata do not fit: "),
     "missing": (dict(classes=None), r"missing required field `classes`"),
     "no classes": (dict(classes=3), r"Expected `array`, got `int` - at `\$.classes`"),
-    "class numbers": (dict(classes=[1, 2]), r"Expected `str`, got `int` - at `\$.classes"),
     "one pad value": (dict(pad_values=[1.0]), r"length 3.*\$.pad_values"),
     "true as divisor": (dict(pad_size_divisor=True), r"got `bool` - at `\$.pad_size_divisor"),
     "divisor 0": (dict(pad_size_divisor=0), r"`int` >= 1 - at `\$.pad_size_divisor"),
-    "divisor 20000": (dict(pad_size_divisor=20_000), r"`int` <= 1024 - at `\$.pad_size_divisor"),
-    "no pipeline": (dict(texts={"pipeline": "null"}), r"got `null` - at `\$.pipeline"),
-    "null step": (dict(pipeline=[None]), r"got `null` - at `\$.pipeline\["),
     "unknown step": (dict(pipeline=[{"type": "Rotate"}]), r"Invalid value 'Rotate' - at `\$.pipeline"),
     "half a step": (dict(pipeline=[{"type": "Resize", "scale": [1, 1]}]), r"missing required field `keep_ratio`"),
-    "size 0": (dict(pipeline=[{**RESIZE, "scale": [0, 64]}]), r"`int` >= 1 - at `\$.pipeline"),
     "endless size": (dict(pipeline=[{**RESIZE, "scale": [10**6, 10**6]}]), r"`int` <= 4096 - at `\$.pipeline"),
-    "no interpolation": (dict(pipeline=[{**RESIZE, "interpolation": None}]), r"got `null` - at `\$.pipeline"),
 }
 
 
@@ -106,17 +92,13 @@ def test_metadata_that_lie_are_one_line(tmp_path, kind):
     assert "\n" not in str(refused.value) and len(str(refused.value)) < 600
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
+def test_outputs_that_do_not_fit_are_one_line(tmp_path):
+    for changes, message in (
         (dict(label=2), r"spot.onnx: gives label 2, but names 2 classes; export it again"),
         (dict(half_side=np.nan), r"spot.onnx: gives boxes or scores that are not finite"),
-    ],
-    ids=str,
-)
-def test_outputs_that_do_not_fit_are_one_line(tmp_path, changes, message):
-    with pytest.raises(ValueError, match=message):
-        Detector(spot_model(tmp_path / "spot.onnx", **changes))(photo())
+    ):
+        with pytest.raises(ValueError, match=message):
+            Detector(spot_model(tmp_path / "spot.onnx", **changes))(photo())
 
 
 def test_a_file_that_names_weights_elsewhere_is_refused(tmp_path, monkeypatch):
@@ -153,6 +135,9 @@ def test_files_that_are_no_models(tmp_path):
         Detector(tmp_path / "none.onnx")
     with pytest.raises(ValueError, match=r"expected an .onnx file or a checkpoint .pth"):
         Detector(tmp_path / "model.engine")
+    (tmp_path / "deploy.pth").touch()
+    with pytest.raises(ValueError, match=r"deploy.pth: a checkpoint needs its config"):
+        Detector(tmp_path / "deploy.pth")
 
 
 @pytest.mark.parametrize(
@@ -196,9 +181,3 @@ def test_a_device_that_is_not_there(model):
         pytest.skip("this onnxruntime has CUDA")
     with pytest.raises(ValueError, match=r"device='cuda:0': this onnxruntime has .*CPUExecutionProvider"):
         OnnxDetector(model, device="cuda:0")
-
-
-def test_a_checkpoint_needs_its_config(tmp_path):
-    (tmp_path / "deploy.pth").touch()
-    with pytest.raises(ValueError, match=r"deploy.pth: a checkpoint needs its config"):
-        Detector(tmp_path / "deploy.pth")

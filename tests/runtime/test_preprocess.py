@@ -10,7 +10,7 @@ from mmdet.registry import TRANSFORMS  # noqa: F401  # fills the registry
 from mmengine.registry import init_default_scope
 
 from castling_det.runtime import preprocess
-from castling_det.runtime.preprocess import Prepared, Step, equalize, padded_to_multiple, prepare
+from castling_det.runtime.preprocess import Prepared, Step, equalize, prepare
 from castling_det.runtime.sources import read_image
 from tests.runtime.conftest import REAL, needs_data
 
@@ -98,8 +98,3 @@ def test_boxes_go_back_without_the_padding():
     boxes = np.array([[8, 4, 16, 8], [-5, 10, 70, 60]], dtype=np.float32)
     expected = [[50, 12.5, 100, 25], [0, 31.25, 400, 100]]
     np.testing.assert_allclose(prepared.to_original(boxes), expected, rtol=1e-6)
-
-
-@pytest.mark.parametrize(("hw", "expected"), [((1, 32), (32, 32)), ((33, 64), (64, 64)), ((100, 159), (128, 160))])
-def test_multiples(hw, expected):
-    assert padded_to_multiple(hw, 32) == expected and padded_to_multiple(hw, 1) == hw
