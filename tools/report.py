@@ -33,7 +33,7 @@ from castling_det.report.build import build_report, comparison_pictures, read_la
 from castling_det.report.evaluation import Annotations
 from castling_det.report.gallery import strip
 from castling_det.report.render import markdown, write_report
-from castling_det.report.runs import RunSpec
+from castling_det.report.runs import RunSpec, classes_of
 
 
 def main() -> int:
@@ -60,7 +60,7 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         specs = [RunSpec.parse(text) for text in arguments.runs]
-        annotations = Annotations(arguments.ann, description=arguments.dataset)
+        annotations = Annotations(arguments.ann, description=arguments.dataset, classes=classes_of(specs))
         report = build_report(
             specs,
             baseline=arguments.baseline,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -64,11 +64,20 @@ class Result(TypedDict):
 
 
 class Annotations:
-    """A COCO annotation file, `description` its name in a report. ValueError names the file and the wrong field."""
+    """A COCO annotation file, `description` its name in a report. ValueError names the file and the wrong field.
 
-    def __init__(self, path: Path, *, description: str | None = None) -> None:
+    `classes` are the categories that were trained, as `metainfo` of a config names them; None: all. Boxes of other
+    categories do not count, as in MMDetection's CocoMetric.
+    """
+
+    def __init__(self, path: Path, *, description: str | None = None, classes: Collection[str] | None = None) -> None:
         self.path = path
         self.document = read_json(path, Document, "a COCO annotation file")
+        if classes is not None:
+            kept = [row for row in self.document["categories"] if row["name"] in classes]
+            ids = {row["id"] for row in kept}
+            boxes = [row for row in self.document["annotations"] if row["category_id"] in ids]
+            self.document = Document(images=self.document["images"], categories=kept, annotations=boxes)
         """The file's content, not to be changed."""
         images, boxes = self.document["images"], self.document["annotations"]
         self._ids = {

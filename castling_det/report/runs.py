@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -136,6 +137,14 @@ def config_of(spec: RunSpec) -> tuple[Path, Any] | None:
         return spec.config, load_config(spec.config)
     folders = (folder for folder in (spec.test, spec.work_dir) if folder is not None)
     return next((found for folder in folders if (found := read_dumped_config(folder)) is not None), None)
+
+
+def classes_of(specs: Sequence[RunSpec]) -> tuple[str, ...] | None:
+    """The classes that the first run with a config was tested on; None where no config names them."""
+    config: Any = next((found[1] for spec in specs if (found := config_of(spec)) is not None), {})
+    dataset = (config.get("test_dataloader") or {}).get("dataset") or {}
+    classes = (dataset.get("metainfo") or {}).get("classes")
+    return None if classes is None else (classes,) if isinstance(classes, str) else tuple(classes)
 
 
 def _seed(spec: RunSpec) -> int | None:

@@ -17,9 +17,11 @@ from pycocotools.cocoeval import COCOeval
 from castling_det.report.bootstrap import draw_images, interval_of, mean_average_precisions
 from castling_det.report.evaluation import Annotations, evaluate_boxes, match_boxes
 from castling_det.report.records import METRICS, Counts
-from castling_det.report.runs import RunSpec, build_run
+from castling_det.report.runs import RunSpec, build_run, classes_of
 from tests.report.coco_sets import Rows, random_set, repeated
 from tests.report.samples import dump
+
+CONFIG = Path(__file__).parents[2] / "configs" / "castling_vit" / "gfl_castling-vit-nano_softmax_tree-crowns.py"
 
 
 def reference(document: dict[str, Any], results: Rows, **params: Any) -> COCOeval:
@@ -80,6 +82,18 @@ def test_an_annotation_with_the_id_0_is_found(tmp_path: Path) -> None:
     results = dump(tmp_path / "results.json", [{**box, "score": 0.5}])
     run = build_run(RunSpec("a", None, predictions=results), annotations=annotations)
     assert run.ok and run.metrics["mAP"] == pytest.approx(1)
+
+
+def test_boxes_of_classes_that_were_not_trained_do_not_count(tmp_path: Path) -> None:
+    document, _ = random_set(0)
+    trained, *others = [row["name"] for row in document["categories"]]
+    path = dump(tmp_path / "ann.json", document)
+    every, some = Annotations(path), Annotations(path, classes=[trained])
+    found = [row for row in perfect(document) if row["category_id"] == some.document["categories"][0]["id"]]
+    assert others and [row["name"] for row in some.document["categories"]] == [trained]
+    assert evaluate_boxes(some.document, found).metrics["mAP"] == pytest.approx(1)
+    assert evaluate_boxes(every.document, found).metrics["mAP"] < 1
+    assert classes_of([RunSpec("a", None, config=CONFIG)]) == ("tree",)
 
 
 def test_without_areas_and_crowds_those_of_the_boxes_count() -> None:
