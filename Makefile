@@ -16,7 +16,7 @@ ONE_THREAD := OMP_NUM_THREADS=1
 demo: $(READY)
 	$(BIN)/python tools/demo.py --data $(or $(DATA),scores)
 
-# The demo over three seeds: the table of the README.
+# The demo over three seeds on the tree crowns: the table of docs/index.md.
 study: $(READY) data
 	$(BIN)/python tools/demo.py --data $(STUDY_DATA) --work-dir work_dirs/study --seeds 0 1 2
 
