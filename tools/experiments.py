@@ -24,6 +24,7 @@ DATA = {
         Path("data/scores_demo"),
         ["scores.py", "--paper", "80", "110", "--long-side", "640", "--splits", "train", "val", "--limit", "400"],
     ),
+    "score-pages": (Path("data/scores"), ["scores.py"]),
     "tree-crowns": (Path("data/tree_crowns"), ["tree_crowns.py"]),
 }
 

@@ -1,0 +1,8 @@
+_base_ = "./gfl_castling-vit-nano_softmax_score-pages.py"
+
+model = dict(backbone=dict(attention="castling", attn_cfg=dict(threshold=1.0, threshold_unit="uniform")))
+# end: tokens of a 192 x 192 crop at stride 8, so that the ramp itself empties the mask.
+custom_hooks = [
+    *_base_.custom_hooks,
+    dict(type="castling_det.MaskAnnealingHook", schedule="geometric", begin=0.3, end=576, empty_from=0.6, interval=20),
+]
