@@ -82,6 +82,11 @@ class Experiment:
         return self.data_root or DATA[self.data][0]
 
     @property
+    def classes(self) -> tuple[str, ...]:
+        """The classes that are trained."""
+        return tuple(resolved(self.config("softmax")).metainfo.classes)
+
+    @property
     def annotations(self) -> tuple[Path, Path]:
         """Of training and validation; reports are about the latter."""
         return self.root / "annotations" / "train.json", self.root / "annotations" / "val.json"
@@ -161,14 +166,19 @@ class Experiment:
         from castling_det.datasets.checks import raise_for_problems
         from castling_det.datasets.config_checks import check_dataset
 
-        script, *options = DATA[self.data][1]
-        prepare = [*python(TOOLS / "dataset_converters" / script), *options, "--root", str(self.root)]
-        if not all(path.is_file() for path in self.annotations) and subprocess.run(prepare).returncode:
-            raise ValueError(f"{self.annotations[0]} is missing; it is written by {' '.join(prepare[1:])}")
+        prepare(self.root, DATA[self.data][1], self.annotations)
         for name in names:
             config = resolved(self.config(name)).copy()
             config.merge_from_dict(self._places())
             raise_for_problems(check_dataset(config), source=str(self.config(name)))
+
+
+def prepare(root: Path, converter: Sequence[str], annotations: Sequence[Path]) -> None:
+    """Prepares a data set if one of its annotation files is missing; ValueError if that fails."""
+    script, *options = converter
+    command = [*python(TOOLS / "dataset_converters" / script), *options, "--root", str(root)]
+    if not all(path.is_file() for path in annotations) and subprocess.run(command).returncode:
+        raise ValueError(f"{annotations[0]} is missing; it is written by {' '.join(command[1:])}")
 
 
 def common_arguments(doc: str | None, work_dir: str, seeds: Sequence[int]) -> argparse.ArgumentParser:

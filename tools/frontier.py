@@ -1,53 +1,257 @@
 """The study of accuracy at equal cost, docs/frontier.md. Goes on where it was interrupted.
 
-Trainings, exports and mAP may share the machine with other work; `latency` must not.
+Trainings, exports and mAP may share the machine with other work (`--accuracy`); latencies may not (`--latency`, after
+it). Without either, both are done. `--summary` writes results/frontier/ and the figure again from what was measured.
 """
 
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from experiments import Experiment, common_arguments
+import msgspec
+import numpy as np
+from experiments import Experiment, common_arguments, last_checkpoint, prepare, python
 from steps import Step, StepFailed, run_steps
 
+from castling_det.files import sha256_of, write_json
+
+TOOLS = Path(__file__).resolve().parent
+sys.path.insert(0, str(TOOLS.parent))
+PARTS = TOOLS / "benchmarks" / "equal_cost.py"
+TEST_EVERY = 4
+"""Every fourth test page is tested on."""
+SHEETS = Path("data/score_sheets")
+SHEET_OPTIONS = ("--paper", "256", "352", "--long-side", "2048", "--splits", "test", "--limit", "24")
+SHEET_SIZE, TILE = 2048, 640
+
+
+@dataclass(frozen=True)
+class Run:
+    """One detector for one size of page."""
+
+    attention: str
+    size: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its work dir."""
+        return f"{self.attention}-{self.size}"
+
+    @property
+    def hybrid(self) -> bool:
+        """It is trained as the hybrid, and converted."""
+        return self.attention.startswith("castling")
+
+    @property
+    def part(self) -> str:
+        """Of the training config's name."""
+        return "castling" if self.attention == "castling-large-crops" else self.attention
+
+
 PRIMARY = (("castling", 1280), ("softmax", 640), ("castling", 896), ("softmax", 448), ("castling", 640))
-# In the order in which they are trained.
-SINGLE_SEED = (
+SINGLE = (
     *(("softmax", 896), ("softmax-window", 1280), ("softmax-window", 896), ("castling", 448), ("softmax", 320)),
-    *(("castling", 320), ("softmax-window", 640), ("linear", 1280), ("linear", 640)),
-    *(("castling-progressive", 1280), ("castling-large-crops", 1280)),
+    *(("castling", 320), ("softmax-window", 640)),
 )
+LATE = (("linear", 1280), ("linear", 640), ("castling-progressive", 1280), ("castling-large-crops", 1280))
 RUNS = (
-    *((attention, size, 0) for attention, size in (*PRIMARY, *SINGLE_SEED[:-4])),
-    *((attention, size, seed) for seed in (1, 2) for attention, size in PRIMARY),
-    *((attention, size, 0) for attention, size in SINGLE_SEED[-4:]),
+    *(Run(*key, 0) for key in (*PRIMARY, *SINGLE)),
+    *(Run(*key, seed) for seed in (1, 2) for key in PRIMARY),
+    *(Run(*key, 0) for key in LATE),
 )
+SHEET_RUN = Run("castling", 1280, 0)
+# Whole pages in softmax attention would take longer than the training.
+NO_VALIDATION = {"val_cfg": "None", "val_dataloader": "None", "val_evaluator": "None"}
 LARGE_CROPS = {
     "train_dataloader.dataset.pipeline.3.crop_size": "(384,384)",
     "custom_hooks.2.end": "2304",  # tokens of a crop
 }
 
 
-def train(plan: Experiment, attention: str, size: int, seed: int) -> Step:
-    """One detector for one size of page."""
-    options = {"train_dataloader.dataset.pipeline.2.scale": f"({size},{size})"}
-    if attention == "castling-large-crops":
-        attention, options = "castling", options | LARGE_CROPS
-        return plan.train(seed, f"castling-large-crops-{size}", plan.config(attention), options)
-    return plan.train(seed, f"{attention}-{size}", plan.config(attention), options)
+@dataclass(frozen=True)
+class Study:
+    """The steps of the study."""
+
+    plan: Experiment
+
+    @property
+    def pages(self) -> Path:
+        """The annotations of the pages that are tested on."""
+        return self.plan.work_dir / "pages.json"
+
+    def train(self, run: Run) -> Step:
+        """One training, for its size of page."""
+        options = {"train_dataloader.dataset.pipeline.2.scale": f"({run.size},{run.size})", **NO_VALIDATION}
+        options |= LARGE_CROPS if run.attention == "castling-large-crops" else {}
+        return self.plan.train(run.seed, run.name, self.plan.config(run.part), options)
+
+    def accuracy(self, run: Run) -> list[Step]:
+        """Training, conversion of a hybrid, export, boxes, and mAP."""
+        train = self.train(run)
+        config = self.plan.config(run.part)
+        weights, steps, folder = train.folder / last_checkpoint(config, {}), [train], train.folder
+        if run.hybrid:
+            deployed = folder / "deploy" / "deploy.pth"
+            hybrid = self.plan.config("castling")
+            steps.append(self.plan.convert(f"{_of(run)}: convert", hybrid, weights, deployed, after=train.done))
+            config, weights = self.plan.config("deploy"), deployed
+        file = folder / "onnx" / "detector.onnx"
+        steps.append(self._export(run, config, weights, run.size, file, steps[-1]))
+        steps.append(self._predict(run, file, self.pages, self.plan.root / "test", folder / "boxes", steps[-1]))
+        steps.append(self._draws(run, self.pages, folder / "boxes" / "boxes.json", steps[-1]))
+        return steps
+
+    def accuracies(self, runs: Sequence[Run]) -> list[Step]:
+        """All runs on the pages, and one of them on larger sheets."""
+        steps = [step for run in runs for step in self.accuracy(run)]
+        deployed = self.plan.folder(SHEET_RUN.seed, SHEET_RUN.name) / "deploy"
+        after = next(step for step in steps if step.folder == deployed)
+        annotations, images = SHEETS / "annotations" / "test.json", SHEETS / "test"
+        for way, size, tile in (("sheet", SHEET_SIZE, ()), ("tiles", TILE, (str(TILE),))):
+            folder = self.plan.folder(SHEET_RUN.seed, f"{SHEET_RUN.name}-{way}")
+            file = folder / "onnx" / "detector.onnx"
+            made = self._export(SHEET_RUN, self.plan.config("deploy"), deployed / "deploy.pth", size, file, after, way)
+            found = self._predict(SHEET_RUN, file, annotations, images, folder / "boxes", made, *tile, way=way)
+            steps += [made, found, self._draws(SHEET_RUN, annotations, folder / "boxes" / "boxes.json", found, way)]
+        return steps
+
+    def _export(self, run: Run, config: Path, weights: Path, size: int, file: Path, after: Step, way: str = "") -> Step:
+        command = (*python(PARTS), "export", str(config), str(weights), str(size), str(file))
+        return Step(f"{_of(run, way)}: export", command, file.parent, "export", inputs=(after.done,))
+
+    def _predict(
+        self,
+        run: Run,
+        file: Path,
+        annotations: Path,
+        images: Path,
+        folder: Path,
+        after: Step,
+        *tile: str,
+        way: str = "",
+    ) -> Step:
+        command = (*python(PARTS), "predict", str(file), str(annotations), str(images), str(folder / "boxes.json"))
+        return Step(f"{_of(run, way)}: boxes", (*command, *tile), folder, "predict", inputs=(after.done, annotations))
+
+    def _draws(self, run: Run, annotations: Path, results: Path, after: Step, way: str = "") -> Step:
+        folder = results.parents[1] / "map"
+        classes = self.plan.classes
+        command = (*python(PARTS), "draws", str(annotations), str(results), str(folder / "draws.npz"), *classes)
+        return Step(f"{_of(run, way)}: mAP", command, folder, "draws", inputs=(after.done, annotations))
+
+
+def _of(run: Run, way: str = "") -> str:
+    return f"seed {run.seed}: {run.name}{way and ' ' + way}"
+
+
+def write_pages(source: Path, target: Path) -> None:
+    """Every fourth page, in the order of their ids."""
+    document: dict[str, Any] = json.loads(source.read_text(encoding="utf-8"))
+    images = sorted(document["images"], key=lambda image: image["id"])[::TEST_EVERY]
+    kept = {image["id"] for image in images}
+    boxes = [box for box in document["annotations"] if box["image_id"] in kept]
+    write_json(target, {**document, "images": images, "annotations": boxes})
+
+
+def measure(study: Study, runs: Sequence[Run], *, rounds: int, seconds: float) -> None:
+    """Latencies of the files of seed 0, each in fresh processes that take turns."""
+    files = [str(study.plan.folder(0, run.name) / "onnx" / "detector.onnx") for run in runs if run.seed == 0]
+    command = [
+        *python(TOOLS / "benchmarks" / "deployed.py"),
+        "latency",
+        *files,
+        "--images",
+        str(study.plan.root / "test"),
+    ]
+    command += ["--rounds", str(rounds), "--seconds", str(seconds), "--threads", "2"]
+    if subprocess.run([*command, "--out", str(study.plan.work_dir / "latency")]).returncode:
+        raise StepFailed("latencies could not be measured; see above")
+
+
+def summarise(study: Study, runs: Sequence[Run]) -> None:
+    """Writes the record under results/frontier/ and the figure of the docs."""
+    from castling_det.report.records import this_machine
+    from tools.benchmarks.equal_cost import multiply_adds
+    from tools.benchmarks.frontier_record import Record, Row, Way, duplicates, figure, gains_of
+
+    latency = json.loads((study.plan.work_dir / "latency" / "latency.json").read_text(encoding="utf-8"))
+    timed = {row["subject"]: row for row in latency["rows"]}
+    document = json.loads(study.pages.read_text(encoding="utf-8"))
+    image = document["images"][0]
+    rows, values = [], {}
+    for run in runs:
+        folder = study.plan.folder(run.seed, run.name)
+        file, draws = folder / "onnx" / "detector.onnx", np.load(folder / "map" / "draws.npz")
+        key = run.attention, run.size, run.seed
+        values[key] = draws["values"]
+        config = study.plan.config("deploy" if run.hybrid else run.attention)
+        times = timed.get(str(file), {"p50_ms": None, "rounds_p50_ms": [], "peak_mib": None})
+        rows.append(
+            Row(
+                *key,
+                map=round(float(values[key][0]), 4),
+                map50=round(float(draws["map50"]), 4),
+                gmacs=round(multiply_adds(str(config), run.size, (image["height"], image["width"])), 3),
+                training_minutes=round(json.loads((folder / "train.done.json").read_text())["seconds"] / 60, 1),
+                onnx_sha256=sha256_of(file),
+                p50_ms=times["p50_ms"],
+                rounds_p50_ms=tuple(times["rounds_p50_ms"]),
+                peak_mib=times["peak_mib"],
+            )
+        )
+    ways = []
+    for way in ("sheet", "tiles"):
+        folder = study.plan.folder(0, f"{SHEET_RUN.name}-{way}")
+        boxes = json.loads((folder / "boxes" / "boxes.json").read_text(encoding="utf-8"))
+        seconds = json.loads((folder / "boxes" / "boxes.seconds.json").read_text(encoding="utf-8"))
+        found = float(np.load(folder / "map" / "draws.npz")["values"][0])
+        ways.append(Way(way, round(found, 4), float(np.median(seconds)), round(duplicates(boxes) / len(seconds), 2)))
+    names = {row["id"] for row in document["categories"] if row["name"] in study.plan.classes}
+    record = Record(
+        command="make frontier",
+        machine=this_machine(),
+        sentinel_ms=tuple(latency["sentinel_ms"]),
+        pages=len(document["images"]),
+        boxes=sum(box["category_id"] in names for box in document["annotations"]),
+        rows=tuple(rows),
+        gains=gains_of(rows, values),
+        sheets=tuple(ways),
+    )
+    write_json(TOOLS.parent / "results" / "frontier" / "frontier.json", msgspec.to_builtins(record))
+    figure(record, TOOLS.parent / "docs" / "images" / "frontier.png")
 
 
 def main() -> int:
     """Runs the study; 0 when every step succeeded."""
     parser = common_arguments(__doc__, "work_dirs/frontier", [0, 1, 2])
     parser.set_defaults(data="score-pages")
-    parser.add_argument("--trainings", action="store_true", help="stop after the trainings")
+    for name, text in (("trainings", "trainings alone"), ("accuracy", "all but latencies"), ("latency", "latencies")):
+        parser.add_argument(f"--{name}", action="store_true", help=f"{text}, and stop")
+    parser.add_argument("--summary", action="store_true", help="write the record and the figure again, and stop")
     args = parser.parse_args()
-    plan = Experiment(args.work_dir, args.model, args.data, args.data_root)
-    steps = [train(plan, *run) for run in RUNS if run[2] in args.seeds]
+    study = Study(Experiment(args.work_dir, args.model, args.data, args.data_root))
+    runs = [run for run in RUNS if run.seed in args.seeds]
+    everything = not (args.trainings or args.accuracy or args.latency or args.summary)
     try:
-        plan.check("softmax", "castling")
-        run_steps(steps, plan.work_dir, jobs=args.jobs)
+        if args.trainings or args.accuracy or everything:
+            study.plan.check("softmax", "castling")
+            steps = [study.train(run) for run in runs]
+            run_steps(steps, args.work_dir, jobs=args.jobs)
+        if args.accuracy or everything:
+            write_pages(study.plan.root / "annotations" / "test.json", study.pages)
+            prepare(SHEETS, ["scores.py", *SHEET_OPTIONS], [SHEETS / "annotations" / "test.json"])
+            run_steps(study.accuracies(runs), args.work_dir, jobs=args.jobs)
+        if args.latency or everything:
+            measure(study, runs, rounds=3, seconds=4.0)
+        if args.summary or args.latency or everything:
+            summarise(study, runs)
     except (StepFailed, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -1,12 +1,14 @@
 """Accuracy and latency of exported detectors.
 
     deployed.py accuracy CONFIG CHECKPOINT FILE.onnx ...   mAP of ONNX files beside PyTorch's, on the config's test data
-    deployed.py latency SUBJECT SUBJECT ...                milliseconds from pixels to boxes, of any subjects
+    deployed.py latency SUBJECT SUBJECT ...                milliseconds from pixels to boxes, of any subjects;
+                                                           with --images FOLDER of ONNX files on real images
     deployed.py attentions CONFIG                          latency of linear beside softmax attention, in both runtimes
 
 A subject is an ONNX file, run by onnxruntime, or `CONFIG:linear` or `CONFIG:softmax`, run by PyTorch with random
 weights. Each is timed in fresh processes that take turns, A B A B, so that a busy machine slows all of them and a drift
-shows between the rounds. Exit code 1 where a file loses accuracy or a subject fails.
+shows between the rounds; a fixed matrix product is timed before and after. Exit code 1 where a file loses accuracy or
+a subject fails.
 """
 
 from __future__ import annotations
@@ -14,11 +16,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import shlex
 import subprocess
 import sys
 import tempfile
 import time
+import timeit
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -58,12 +62,14 @@ class Latency:
 
     subject: str
     size: int
-    """Side of the square image, in pixels."""
+    """Side of the square image, in pixels; 0: images of a folder, in the size that the file gives them."""
     p20_ms: float | None
     p50_ms: float | None
     p80_ms: float | None
     rounds_p50_ms: tuple[float, ...]
     """The median of each process, in their order."""
+    peak_mib: float | None = None
+    """Most memory that a process held, with Python and the model."""
     problem: str = ""
 
 
@@ -121,7 +127,13 @@ def compare(config: str, checkpoint: Path, files: Sequence[Path]) -> list[Accura
 
 
 def measure(
-    subjects: Sequence[str], *, sizes: Sequence[int], rounds: int = 2, threads: int = 1, seconds: float = 5.0
+    subjects: Sequence[str],
+    *,
+    sizes: Sequence[int],
+    rounds: int = 2,
+    threads: int = 1,
+    seconds: float = 5.0,
+    images: Path | None = None,
 ) -> list[Latency]:
     """Times each subject at each size, in `rounds` fresh processes each that take turns.
 
@@ -129,19 +141,21 @@ def measure(
         subjects: ONNX files, or `CONFIG:linear` and `CONFIG:softmax`.
         sizes: sides of square images in pixels, multiples of the detectors' `pad_size_divisor`.
         seconds: of each process, beyond three calls.
+        images: a folder; the ONNX files are timed on its images, as read, instead of random squares of `sizes`.
 
     Returns:
         One row for each subject and size; a subject that fails has no times and says why.
     """
     rows = []
-    for size in sizes:
-        samples: dict[str, list[list[float]]] = {subject: [] for subject in subjects}
+    for size in sizes if images is None else (0,):
+        samples: dict[str, list[Any]] = {subject: [] for subject in subjects}
         problems: dict[str, str] = {}
         for _ in range(rounds):
             for subject in subjects:
                 if subject in problems:
                     continue
                 command = [sys.executable, __file__, "worker", subject, str(size), str(threads), str(seconds)]
+                command += [] if images is None else [str(images)]
                 done = subprocess.run(command, capture_output=True, text=True, check=False)
                 if done.returncode:
                     problems[subject] = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
@@ -151,34 +165,68 @@ def measure(
     return rows
 
 
-def _latency(subject: str, size: int, rounds: list[list[float]], problem: str) -> Latency:
+def _latency(subject: str, size: int, rounds: list[Any], problem: str) -> Latency:
     if problem:
-        return Latency(subject, size, None, None, None, (), problem)
-    p20, p50, p80 = np.percentile(np.concatenate(rounds) * 1e3, (20, 50, 80)).round(3).tolist()
-    medians = tuple(round(float(np.median(samples)) * 1e3, 3) for samples in rounds)
-    return Latency(subject, size, p20, p50, p80, medians)
+        return Latency(subject, size, None, None, None, (), problem=problem)
+    every = np.concatenate([done["seconds"] for done in rounds]) * 1e3
+    p20, p50, p80 = np.percentile(every, (20, 50, 80)).round(3).tolist()
+    medians = tuple(round(float(np.median(done["seconds"])) * 1e3, 3) for done in rounds)
+    return Latency(subject, size, p20, p50, p80, medians, round(max(done["peak_mib"] for done in rounds), 1))
 
 
-def worker(subject: str, size: int, threads: int, seconds: float) -> list[float]:
-    """Seconds of each call, in this process; the first call is not counted."""
-    call = _onnx_call(subject, threads) if subject.endswith(".onnx") else _torch_call(subject, threads)
-    images = np.random.default_rng(0).integers(0, 256, (1, 3, size, size)).astype(np.float32)
-    call(images)
+def worker(subject: str, size: int, threads: int, seconds: float, folder: str | None = None) -> dict[str, Any]:
+    """Seconds of each call in this process and the most memory it held; the first call is not counted."""
+    if folder is not None:
+        call, inputs = _detector_call(subject, threads), _some_images(Path(folder))
+    else:
+        call = _onnx_call(subject, threads) if subject.endswith(".onnx") else _torch_call(subject, threads)
+        inputs = [np.random.default_rng(0).integers(0, 256, (1, 3, size, size)).astype(np.float32)]
+    call(inputs[0])
     found: list[float] = []
     while len(found) < LEAST_CALLS or sum(found) < seconds:
+        image = inputs[len(found) % len(inputs)]
         start = time.perf_counter()
-        call(images)
+        call(image)
         found.append(time.perf_counter() - start)
-    return found
+    return {"seconds": found, "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
 
 
-def _onnx_call(file: str, threads: int) -> Callable[[Any], object]:
+def sentinel() -> float:
+    """Milliseconds of a fixed product of matrices, the best of 20: higher where other work slows the machine."""
+    matrix = np.ones((512, 512), dtype=np.float32)
+    return round(min(timeit.repeat(lambda: matrix @ matrix, number=5, repeat=20)) / 5 * 1e3, 3)
+
+
+def _some_images(folder: Path, count: int = 8) -> list[Any]:
+    """Images of a folder, evenly spread over its names in order."""
+    from castling_det.runtime.sources import read_image
+
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    if not files:
+        raise ValueError(f"--images {folder}: no file in it")
+    return [read_image(file) for file in files[:: max(1, len(files) // count)][:count]]
+
+
+def _session(file: str, threads: int) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+
+
+def _onnx_call(file: str, threads: int) -> Callable[[Any], object]:
+    session = _session(file, threads)
     return lambda images: session.run(None, {"images": images})
+
+
+def _detector_call(file: str, threads: int) -> Callable[[Any], object]:
+    """From pixels as read to boxes in the image, by the detector that users have."""
+    from castling_det.runtime.detector import Detector
+
+    detector = Detector(file)
+    detector.backend._session = _session(file, threads)  # type: ignore[attr-defined]
+    return detector
 
 
 def _torch_call(subject: str, threads: int) -> Callable[[Any], object]:
@@ -222,7 +270,7 @@ def table(rows: Sequence[Accuracy | Latency]) -> str:
     if isinstance(rows[0], Accuracy):
         head = ["file", "runtime", "precision", "MB", "mAP", "mAP50", "mAP - PyTorch"]
     else:
-        head = ["subject", "size", "p20 ms", "p50 ms", "p80 ms", "p50 of each process"]
+        head = ["subject", "size", "p20 ms", "p50 ms", "p80 ms", "p50 of each process", "peak MiB"]
     body = [list(map(_cell, _cells(row))) for row in rows]
     lines = ["| " + " | ".join(cells) + " |" for cells in (head, ["---", *["---:"] * (len(head) - 1)], *body)]
     return "\n".join([*lines, *(f"- {row.problem}" for row in rows if row.problem)])
@@ -234,7 +282,7 @@ def _cells(row: Accuracy | Latency) -> list[Any]:
         figures = f"{row.map:.4f}", f"{row.map50:.4f}", f"{row.difference:+.4f}"
         return [row.name, row.runtime, row.precision, megabytes, *figures]
     rounds = " ".join(f"{milliseconds:.1f}" for milliseconds in row.rounds_p50_ms)
-    return [row.subject, row.size, row.p20_ms, row.p50_ms, row.p80_ms, rounds]
+    return [row.subject, row.size, row.p20_ms, row.p50_ms, row.p80_ms, rounds, row.peak_mib]
 
 
 def _cell(value: Any) -> str:
@@ -251,6 +299,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     accuracy.add_argument("files", nargs="+", type=Path, help="ONNX files of tools/export_onnx.py")
     latency = commands.add_parser("latency", help="milliseconds of ONNX files or configs")
     latency.add_argument("subjects", nargs="+", help="FILE.onnx, CONFIG:linear or CONFIG:softmax")
+    latency.add_argument("--images", type=Path, help="time ONNX files on images of this folder, not on --sizes")
     attentions = commands.add_parser("attentions", help="linear beside softmax, in PyTorch and onnxruntime")
     attentions.add_argument("config", help="a detector's config, of any attention")
     for timed in (latency, attentions):
@@ -267,12 +316,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Evaluates or measures; see the exit codes above."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] == ["worker"]:
-        print(json.dumps(worker(given[1], int(given[2]), int(given[3]), float(given[4]))))
+        print(json.dumps(worker(given[1], int(given[2]), int(given[3]), float(given[4]), *given[5:])))
         return 0
     args = parse_args(given)
     from castling_det.files import write_json, write_text
     from castling_det.report.records import this_machine
 
+    idle: dict[str, list[float]] = {}
     try:
         rows: Sequence[Accuracy | Latency]
         if args.command == "accuracy":
@@ -285,7 +335,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     files = export_attentions(args.config, Path(folder))
                     subjects = [f"{args.config}:linear", f"{args.config}:softmax", *files]
                 options = {name: getattr(args, name) for name in ("sizes", "rounds", "threads", "seconds")}
-                rows = measure(subjects, **options)
+                before = sentinel()
+                rows = measure(subjects, images=getattr(args, "images", None), **options)
+                idle = {"sentinel_ms": [before, sentinel()]}
     except (ValueError, OSError) as error:
         print(f"deployed: {error}", file=sys.stderr)
         return 1
@@ -294,7 +346,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     said = f"{table(rows)}\n\n`{command}`\n\n{', '.join(f'{name} {value}' for name, value in machine.items())}\n"
     print(said)
     if args.out:
-        record = {"command": command, "machine": machine, "rows": [asdict(row) for row in rows]}
+        record = {"command": command, "machine": machine, **idle, "rows": [asdict(row) for row in rows]}
         write_json(args.out / f"{args.command}.json", record)
         write_text(args.out / f"{args.command}.md", said)
     return int(any(row.problem for row in rows))
