@@ -24,14 +24,17 @@ Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
 
-def mean_average_precisions(document: Any, results: Sequence[Any], draws: Iterable[Integers] = ()) -> Floats:
+def mean_average_precisions(
+    document: Any, results: Sequence[Any], draws: Iterable[Integers] = (), *, max_detections: int = 100
+) -> Floats:
     """COCO's mAP of the whole set, then of each draw; NaN for a draw with nothing to find.
 
-    A draw says how often the set has each image, (I,), in the order of their ids.
+    A draw says how often the set has each image, (I,), in the order of their ids. `max_detections`: boxes with the
+    highest scores that count in each category of an image.
     """
     evaluator = evaluator_of(document, results, separate_eval=True)
     params = evaluator.params
-    params.areaRng, params.areaRngLbl, params.maxDets = [[0, 1e10]], ["all"], [100]
+    params.areaRng, params.areaRngLbl, params.maxDets = [[0, 1e10]], ["all"], [max_detections]
     evaluator.evaluate()
     # The matches of each category and image, as the library keeps them.
     cells = np.array(evaluator._evalImgs_cpp, dtype=object).reshape(-1, len(params.imgIds))

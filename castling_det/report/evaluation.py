@@ -117,12 +117,16 @@ class Evaluation(NamedTuple):
     """At recall 0, 0.01, ..., 1 with IoU 0.50, by name of each category that has annotations."""
 
 
-def evaluate_boxes(document: Any, results: Sequence[Any]) -> Evaluation:
-    """Evaluates boxes of a COCO results file on all images and categories of COCO annotations."""
+def evaluate_boxes(document: Any, results: Sequence[Any], *, max_detections: int = 100) -> Evaluation:
+    """Evaluates boxes of a COCO results file on all images and categories of COCO annotations.
+
+    `max_detections`: boxes with the highest scores that count in each category of an image.
+    """
     evaluator = evaluator_of(document, results)
+    evaluator.params.maxDets = [max_detections]
     evaluator.run()
     metrics = dict(zip(METRICS, map(float, evaluator.stats), strict=False))
-    # IoU thresholds, recalls, categories, areas, largest numbers of detections: IoU 0.50, all areas, 100 detections.
+    # IoU thresholds, recalls, categories, areas, `maxDets`: IoU 0.50, all areas, the one number of detections.
     curves = np.asarray(evaluator.eval["precision"])[0, :, :, 0, -1]
     names = {row["id"]: str(row["name"]) for row in document["categories"]}
     return Evaluation(

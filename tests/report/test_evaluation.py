@@ -117,6 +117,17 @@ def test_a_draw_equals_cocos_evaluation_of_the_drawn_set(seed: int, ties: bool) 
     assert max(expected) - min(expected) > 0.01, "the control: draws differ"
 
 
+def test_an_image_may_have_more_than_100_detections() -> None:
+    boxes = [{"image_id": 1, "category_id": 1, "bbox": [20 * i, 0, 10, 10]} for i in range(150)]
+    document = {
+        "images": [{"id": 1, "file_name": "a.png"}], "categories": [{"id": 1, "name": "a"}], "annotations": boxes,
+    }  # fmt: skip
+    results = [{**box, "score": 0.5} for box in boxes]
+    for number, expected in ((100, 67 / 101), (1000, 1)):  # 2/3 of COCO's 101 recalls are reached
+        assert evaluate_boxes(document, results, max_detections=number).metrics["mAP"] == pytest.approx(expected)
+        assert mean_average_precisions(document, results, max_detections=number) == pytest.approx([expected])
+
+
 def test_a_set_with_nothing_to_find_has_no_precision() -> None:
     document, results = random_set(0)
     only_empty = 5 * np.eye(len(document["images"]), dtype=np.int64)[2]
