@@ -55,16 +55,16 @@ class Run:
         return "castling" if self.attention == "castling-large-crops" else self.attention
 
 
+# In the order in which they are trained.
 PRIMARY = (("castling", 1280), ("softmax", 640), ("castling", 896), ("softmax", 448), ("castling", 640))
-SINGLE = (
-    *(("softmax", 896), ("softmax-window", 1280), ("softmax-window", 896), ("castling", 448), ("softmax", 320)),
-    *(("castling", 320), ("softmax-window", 640)),
+SINGLE_SEED = (
+    *(("softmax", 896), ("softmax-window", 896), ("castling-progressive", 1280), ("softmax", 320), ("castling", 448)),
+    *(("softmax-window", 1280), ("castling", 320), ("linear", 1280), ("softmax-window", 640), ("linear", 640)),
+    ("castling-large-crops", 1280),
 )
-LATE = (("linear", 1280), ("linear", 640), ("castling-progressive", 1280), ("castling-large-crops", 1280))
 RUNS = (
-    *(Run(*key, 0) for key in (*PRIMARY, *SINGLE)),
-    *(Run(*key, seed) for seed in (1, 2) for key in PRIMARY),
-    *(Run(*key, 0) for key in LATE),
+    *(Run(*key, seed) for seed in (0, 1, 2) for key in PRIMARY),
+    *(Run(*key, 0) for key in SINGLE_SEED),
 )
 SHEET_RUN = Run("castling", 1280, 0)
 # Whole pages in softmax attention would take longer than the training.
