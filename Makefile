@@ -11,7 +11,7 @@ DATA ?=
 STUDY_DATA := $(or $(DATA),tree-crowns)
 ONE_THREAD := OMP_NUM_THREADS=1
 
-.PHONY: demo study options uptrain exports deployed-latency benchmarks test test-slow test-stack stability lint docs setup data lock licences audit sbom dist fuzz crash-test clean
+.PHONY: demo study options frontier uptrain exports deployed-latency benchmarks test test-slow test-stack stability lint docs setup data lock licences audit sbom dist fuzz crash-test clean
 
 demo: $(READY)
 	$(BIN)/python tools/demo.py --data $(or $(DATA),scores)
@@ -24,6 +24,12 @@ study: $(READY) data
 options: $(READY) data
 	$(BIN)/python tools/study.py --data $(STUDY_DATA) \
 	  --variants softmax linear published kernel image-conv uniform geometric ramp ramp-centered castling
+
+# Accuracy at equal cost, docs/frontier.md: about four hours on two idle cores. `make frontier ARGS=--accuracy` may share
+# the machine, `ARGS=--latency` after it may not.
+frontier: $(READY)
+	$(BIN)/python tools/frontier.py $(ARGS)
+	$(BIN)/python tools/dev/tables.py
 
 # The study's softmax detectors become linear ones in a quarter of their iterations.
 uptrain: study

@@ -32,8 +32,8 @@ from castling_det.models.levit import ARCHITECTURES
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("[!_]*/*.py"))
 NAMES = [config.stem for config in CONFIGS]
-# Presets that go on from a trained detector of a family instead of comparing attentions.
-FAMILIES = [config for config in CONFIGS if "-from-softmax" not in config.stem]
+# Others go on from a trained detector of a family, or train in another way, instead of comparing attentions.
+FAMILIES = [config for config in CONFIGS if not re.search("-from-softmax|-progressive", config.stem)]
 BASELINES = [config for config in CONFIGS if "_softmax" in config.stem]
 CASTLING = [config for config in CONFIGS if "_castling_" in config.stem]
 # One model of each detector on each backbone.

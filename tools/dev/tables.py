@@ -14,6 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "results"
+FRONTIER = RESULTS / "frontier" / "frontier.json"
 BLOCK = re.compile(r"(<!-- begin table (\w+):[^\n]*-->\n).*?(<!-- end table -->)", re.DOTALL)
 
 sys.path.insert(0, str(ROOT))
@@ -23,6 +24,12 @@ from castling_det.report.records import read_report  # noqa: E402
 from castling_det.report.render import headline, loss_table, markdown_table  # noqa: E402
 from tests.robustness.records import crash_markdown, fuzz_markdown, read_crashes, read_fuzz  # noqa: E402
 from tools.benchmarks.attention import ratios_markdown, read_benchmark  # noqa: E402
+from tools.benchmarks.frontier_record import (  # noqa: E402
+    detectors_markdown,
+    gains_markdown,
+    read_record,
+    sheets_markdown,
+)
 from tools.benchmarks.numerics import numerics_markdown, read_numerics  # noqa: E402
 from tools.dev.model_zoo import read_zoo, zoo_markdown  # noqa: E402
 from tools.dev.test_stack import STACKS  # noqa: E402
@@ -78,6 +85,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "deployed_latency": lambda: "\n".join(p.read_text() for p in sorted(RESULTS.glob("*/*/latency.md"))),
     "exports": lambda: "\n".join(p.read_text() for p in sorted(RESULTS.glob("*/*/accuracy.md"))),
     "fuzz": lambda: fuzz_markdown(read_fuzz(RESULTS / "robustness" / "fuzz.json")),
+    "frontier_detectors": lambda: detectors_markdown(read_record(FRONTIER)),
+    "frontier_gains": lambda: gains_markdown(read_record(FRONTIER)),
+    "frontier_sheets": lambda: sheets_markdown(read_record(FRONTIER)),
     "model_zoo": lambda: zoo_markdown(read_zoo(RESULTS / "model_zoo.json")),
     "stability": stability,
     "stacks": stacks,
