@@ -25,10 +25,11 @@ options: $(READY) data
 	$(BIN)/python tools/study.py --data $(STUDY_DATA) \
 	  --variants softmax linear published kernel image-conv uniform geometric ramp ramp-centered castling
 
-# Accuracy at equal cost, docs/frontier.md: about four hours on two idle cores. `make frontier ARGS=--accuracy` may share
+# Accuracy at equal cost, docs/frontier.md: about three hours on two idle cores. `make frontier ARGS=--accuracy` may share
 # the machine, `ARGS=--latency` after it may not.
-frontier: $(READY)
+frontier: $(READY) data
 	$(BIN)/python tools/frontier.py $(ARGS)
+	$(BIN)/python tools/frontier.py --data tree-crowns $(ARGS)
 	$(BIN)/python tools/dev/tables.py
 
 # The study's softmax detectors become linear ones in a quarter of their iterations.

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mmengine.config import Config
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 
 from experiments import Experiment  # noqa: E402
-from frontier import RUNS, Run, Study, write_pages  # noqa: E402
+from frontier import MATERIALS, Run, Study, write_pages  # noqa: E402
 
 from castling_det.report.records import this_machine  # noqa: E402
 from tools.benchmarks.equal_cost import multiply_adds  # noqa: E402
@@ -28,6 +29,7 @@ from tools.benchmarks.frontier_record import (  # noqa: E402
     gains_of,
 )
 
+RUNS = MATERIALS["score-pages"].runs
 DEPLOY = ROOT / "configs" / "castling_vit" / "gfl_castling-vit-nano_deploy_score-pages.py"
 
 
@@ -36,25 +38,37 @@ def study(tmp_path: Path) -> Study:
     return Study(Experiment(tmp_path, "castling_vit/gfl_castling-vit-nano", "score-pages"))
 
 
-def test_the_plan_has_every_step_once_and_each_waits_for_what_it_reads(study: Study) -> None:
-    steps = study.accuracies(RUNS)
+@pytest.mark.parametrize("data", MATERIALS)
+def test_the_plan_has_every_step_once_and_each_waits_for_what_it_reads(data: str, tmp_path: Path) -> None:
+    study = Study(Experiment(tmp_path, "castling_vit/gfl_castling-vit-nano", data))
+    runs = study.material.runs
+    steps = study.accuracies(runs)
     assert len({step.name for step in steps}) == len(steps)
     made = {step.done for step in steps}
     read = {path for step in steps for path in step.inputs if path.suffixes == [".done", ".json"]}
     assert read <= made
     trained = [step for step in steps if ": train " in step.name]
-    assert len(trained) == len(RUNS) and all("--resume" in step.command for step in trained)
+    assert len(trained) == len(runs) and all("--resume" in step.command for step in trained)
 
 
 def test_three_seeds_where_the_primary_comparison_reads() -> None:
-    for attention, size in (("softmax", 448), ("softmax", 640), ("castling", 640), ("castling", 896), ("castling", 1280)):
-        assert [run.seed for run in RUNS if (run.attention, run.size) == (attention, size)] == [0, 1, 2]
+    for read in (("softmax", 448), ("softmax", 640), ("castling", 640), ("castling", 896), ("castling", 1280)):
+        assert [run.seed for run in RUNS if (run.attention, run.size) == read] == [0, 1, 2]
 
 
 def test_a_run_is_trained_for_its_size(study: Study) -> None:
     command = " ".join(study.train(Run("castling-large-crops", 896, 0)).command)
     assert "pipeline.2.scale=(896,896)" in command and "crop_size=(384,384)" in command
     assert "castling_score-pages.py" in command
+
+
+def test_tiles_are_trained_shorter_and_exported_from_their_last_checkpoint(tmp_path: Path) -> None:
+    study = Study(Experiment(tmp_path, "castling_vit/gfl_castling-vit-nano", "tree-crowns"))
+    train, *others = study.accuracy(Run("castling", 384, 1))
+    assert {"train_cfg.max_iters=800", "train_dataloader.dataset.pipeline.4.scale=(384,384)"} <= {*train.command}
+    assert str(train.folder / "iter_800.pth") in others[0].command
+    config = Config.fromfile(study.plan.config("castling"))
+    assert [config.train_pipeline[place]["type"] for place in (4, 6)] == ["RandomResize", "FilterAnnotations"]
 
 
 def test_larger_pages_cost_more_and_softmax_more_than_that() -> None:
@@ -71,7 +85,7 @@ def test_every_fourth_page(tmp_path: Path) -> None:
     images = [{"id": number, "file_name": f"{number}.png"} for number in (9, 3, 5, 1, 7)]
     boxes = [{"id": number, "image_id": number} for number in (1, 3, 9)]
     (tmp_path / "all.json").write_text(json.dumps({"images": images, "annotations": boxes, "categories": []}))
-    write_pages(tmp_path / "all.json", tmp_path / "some.json")
+    write_pages(tmp_path / "all.json", tmp_path / "some.json", 4)
     found = json.loads((tmp_path / "some.json").read_text())
     assert [image["id"] for image in found["images"]] == [1, 9]
     assert [box["image_id"] for box in found["annotations"]] == [1, 9]
@@ -105,7 +119,7 @@ def rows_and_values() -> tuple[list[Row], dict[tuple[str, int, int], np.ndarray]
 
 def test_gains_compare_at_equal_cost() -> None:
     rows, values = rows_and_values()
-    gains = {(gain.theirs, gain.at): gain for gain in gains_of(rows, values)}
+    gains = {(gain.theirs, gain.at): gain for gain in gains_of(rows, values, (448, 640))}
     for cost in ("latency", "multiply-adds"):
         at_448 = gains["softmax", f"{cost} of softmax at 448"]
         assert at_448.value == pytest.approx((896 - 448) / 2000 + 0.05) and at_448.seeds == (0, 1, 2)
@@ -113,15 +127,17 @@ def test_gains_compare_at_equal_cost() -> None:
         assert at_448.low == pytest.approx(at_448.high)
         windows = gains["softmax-window", f"{cost} of castling at 1280"]
         assert windows.value == pytest.approx((1280 - (640 + 896) / 2) / 2000 + 0.05)
-    assert gains["softmax", "page of 640 pixels"].value == pytest.approx(0.05)
+    assert gains["softmax", "image of 640 pixels"].value == pytest.approx(0.05)
 
 
 def test_tables_and_figure(tmp_path: Path) -> None:
     rows, values = rows_and_values()
-    record = Record("make frontier", this_machine(), (1.0, 1.0), 2, 30, tuple(rows), gains_of(rows, values), ())
+    gains = gains_of(rows, values, (448, 640))
+    record = Record("make frontier", this_machine(), (1.0, 1.0), 2, 30, tuple(rows), gains, ())
     table = " ".join(detectors_markdown(record).split())  # columns are padded
     assert "| castling, deployed | 896 | 3 | 49.9 ± 0.1 | 49.9 | 10.00 | 200 | 300 | 7 |" in table
-    assert "| softmax | latency of softmax at 448 | +27.4 | +27.4 to +27.4 | 3 |" in " ".join(gains_markdown(record).split())
+    row = "| softmax | latency of softmax at 448 | +27.4 | +27.4 to +27.4 | 3 |"
+    assert row in " ".join(gains_markdown(record).split())
     figure(record, tmp_path / "frontier.png")
     assert (tmp_path / "frontier.png").stat().st_size > 10_000
 

@@ -17,7 +17,6 @@ from castling_det.report.render import markdown_table
 Floats = NDArray[np.float64]
 Key = tuple[str, int, int]
 """Attention, size of page, seed."""
-EQUAL_COST_SIZES = (448, 640)
 LABELS = {"castling": "castling, deployed", "softmax": "softmax", "softmax-window": "windows", "linear": "linear"}
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#aa4a86")
 
@@ -122,8 +121,11 @@ def curve(rows: Sequence[Row], values: Mapping[Key, Floats], attention: str, cos
     return Curve(tuple(float(getattr(row, cost)) for row in first), np.stack(means))
 
 
-def gains_of(rows: Sequence[Row], values: Mapping[Key, Floats]) -> tuple[Gain, ...]:
-    """The comparisons of the protocol; `values` are the mAP and its draws (1 + draws,) of each row."""
+def gains_of(rows: Sequence[Row], values: Mapping[Key, Floats], compared: Sequence[int]) -> tuple[Gain, ...]:
+    """The comparisons of the protocol, at the cost of softmax at the sizes `compared`, and at equal size.
+
+    `values` are the mAP and its draws (1 + draws,) of each row.
+    """
     found = []
     row_of = {(row.attention, row.size, row.seed): row for row in rows}
     seeds = tuple(sorted({row.seed for row in rows}))
@@ -132,18 +134,22 @@ def gains_of(rows: Sequence[Row], values: Mapping[Key, Floats]) -> tuple[Gain, .
     def add(theirs: str, at: str, cost: float, pair: tuple[Floats, Floats], which: tuple[int, ...]) -> None:
         found.append(Gain("castling", theirs, at, cost, *gain(*pair), which))
 
+    attentions = {row.attention for row in rows}
     for cost, name in (("p50_ms", "latency"), ("gmacs", "multiply-adds")):
-        ours, windows = (curve(rows, values, one, cost) for one in ("castling", "softmax-window"))
-        for size in EQUAL_COST_SIZES:
+        ours = curve(rows, values, "castling", cost)
+        for size in compared:
             at = float(getattr(row_of["softmax", size, 0], cost))
             theirs = np.mean([values["softmax", size, seed] for seed in seeds], axis=0)
             add("softmax", f"{name} of softmax at {size}", at, (ours.at(at), theirs), seeds)
-        at = ours.costs[-1]
-        pair = values["castling", largest, 0], windows.at(at)
-        add("softmax-window", f"{name} of castling at {largest}", at, pair, (0,))
-    for theirs_name, size, which in (("softmax", 640, seeds), ("linear", 640, (0,)), ("linear", largest, (0,))):
-        mine, other = (np.mean([values[one, size, s] for s in which], axis=0) for one in ("castling", theirs_name))
-        add(theirs_name, f"page of {size} pixels", float(size), (mine, other), which)
+        if "softmax-window" in attentions:
+            at = ours.costs[-1]
+            pair = values["castling", largest, 0], curve(rows, values, "softmax-window", cost).at(at)
+            add("softmax-window", f"{name} of castling at {largest}", at, pair, (0,))
+    for theirs_name, size in sorted({(row.attention, row.size) for row in rows} - {("castling", largest)}):
+        which = tuple(s for s in seeds if all((one, size, s) in values for one in ("castling", theirs_name)))
+        if theirs_name in ("softmax", "linear") and which:
+            mine, other = (np.mean([values[one, size, s] for s in which], axis=0) for one in ("castling", theirs_name))
+            add(theirs_name, f"image of {size} pixels", float(size), (mine, other), which)
     return tuple(found)
 
 
@@ -170,11 +176,13 @@ def figure(record: Record, out: Path) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter
 
     drawing = Figure(figsize=(9, 3.8), layout="constrained")
-    panels = (("p50_ms", "latency of a page, ms, two CPU threads"), ("gmacs", "multiply-adds of a page, 10⁹"))
+    panels = (("p50_ms", "latency of an image, ms, two CPU threads"), ("gmacs", "multiply-adds of an image, 10⁹"))
     for place, (cost, label) in enumerate(panels, start=1):
         axes = drawing.add_subplot(1, 2, place)
         for color, (attention, name) in zip(COLORS, LABELS.items(), strict=True):
             mine = [row for row in record.rows if row.attention == attention]
+            if not mine:
+                continue
             first = sorted((row for row in mine if row.seed == 0), key=lambda row: row.size)
             x = [float(getattr(row, cost)) for row in first]
             y = [100 * float(np.mean([one.map for one in mine if one.size == row.size])) for row in first]
@@ -203,7 +211,7 @@ def read_record(path: Path) -> Record:
 
 def detectors_markdown(record: Record) -> str:
     """A row for each attention and size."""
-    head = ["attention", "page", "seeds", "mAP", "mAP50", "GMACs", "ms, p50", "MiB, peak", "training, minutes"]
+    head = ["attention", "pixels", "seeds", "mAP", "mAP50", "GMACs", "ms, p50", "MiB, peak", "training, minutes"]
     body = []
     for attention, size in dict.fromkeys((row.attention, row.size) for row in sorted(record.rows, key=_order)):
         mine = [row for row in record.rows if (row.attention, row.size) == (attention, size)]

@@ -14,7 +14,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "results"
-FRONTIER = RESULTS / "frontier" / "frontier.json"
+FRONTIER = RESULTS / "frontier" / "score_pages.json"
+FRONTIER_CROWNS = RESULTS / "frontier" / "tree_crowns.json"
 BLOCK = re.compile(r"(<!-- begin table (\w+):[^\n]*-->\n).*?(<!-- end table -->)", re.DOTALL)
 
 sys.path.insert(0, str(ROOT))
@@ -87,6 +88,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "fuzz": lambda: fuzz_markdown(read_fuzz(RESULTS / "robustness" / "fuzz.json")),
     "frontier_detectors": lambda: detectors_markdown(read_record(FRONTIER)),
     "frontier_gains": lambda: gains_markdown(read_record(FRONTIER)),
+    "frontier_crowns_detectors": lambda: detectors_markdown(read_record(FRONTIER_CROWNS)),
+    "frontier_crowns_gains": lambda: gains_markdown(read_record(FRONTIER_CROWNS)),
     "frontier_sheets": lambda: sheets_markdown(read_record(FRONTIER)),
     "model_zoo": lambda: zoo_markdown(read_zoo(RESULTS / "model_zoo.json")),
     "stability": stability,
