@@ -1,4 +1,4 @@
-"""Exports a linear detector to ONNX: `tools/export_onnx.py CONFIG CHECKPOINT OUT.onnx`."""
+"""Exports a detector to ONNX: `tools/export_onnx.py CONFIG CHECKPOINT OUT.onnx`."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from collections.abc import Sequence
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        description="Exports a detector with linear attention to one ONNX file with dynamic batch, height and width, "
-        "and compares it with PyTorch at three sizes before it takes its name. docs/deployment.md has the format.",
+        description="Exports a detector with linear attention, or a softmax baseline to compare it with, to one ONNX "
+        "file with dynamic batch, height and width, and compares it with PyTorch at three sizes before it takes its "
+        "name. docs/deployment.md has the format.",
     )
-    parser.add_argument("config", help="deploy config, attention='linear'")
-    parser.add_argument("checkpoint", help="checkpoint that tools/convert.py wrote, or of a linear training")
+    parser.add_argument("config", help="deploy config, attention='linear'; or that of a softmax training")
+    parser.add_argument("checkpoint", help="checkpoint that tools/convert.py wrote, or of a linear or softmax training")
     parser.add_argument("out", help="file to write, .onnx")
     parser.add_argument(
         "--no-preprocessing", action="store_true", help="take normalised images; default: as OpenCV reads them"

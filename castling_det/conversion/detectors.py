@@ -31,7 +31,7 @@ def training_config(config: str | os.PathLike[str] | Config) -> Config:
     config = load_config(config)
     if "model" not in config:
         raise ValueError(f"config {config.filename}: has no `model`; give the config of the training")
-    modes = {part.get("attention", "castling") for part in _attention_parts(config.model)}
+    modes = attention_modes(config)
     if not modes:
         raise ValueError(
             f"config {config.filename}: no part of `model` takes `attention`; expected a backbone of this "
@@ -43,6 +43,11 @@ def training_config(config: str | os.PathLike[str] | Config) -> Config:
             "trained with attention='castling' can be converted; give its config"
         )
     return config
+
+
+def attention_modes(config: Config) -> set[str]:
+    """The attentions of the parts of a detector's config that have one."""
+    return {part.get("attention", "castling") for part in _attention_parts(config.get("model"))}
 
 
 def with_attention(config: Config, attention: str) -> Config:
@@ -92,17 +97,31 @@ def trained_attention(meta: Mapping[str, Any]) -> set[str]:
     return set(re.findall(rf"""\battention=['"]({modes})['"]""", str(meta.get("cfg", ""))))
 
 
-def check_deployable(checkpoint: Mapping[str, Any], source: object) -> tuple[dict[str, Any], list[str]]:
-    """The meta of a checkpoint whose linear attention can be used alone, and notes on what it does not say."""
+def check_deployable(
+    checkpoint: Mapping[str, Any], source: object, attention: str = "linear"
+) -> tuple[dict[str, Any], list[str]]:
+    """The meta of a checkpoint whose linear attention can be used alone, and notes on what it does not say.
+
+    With `attention="softmax"`, that of a softmax training.
+    """
     meta, own = own_meta(checkpoint, source)
     modes = trained_attention(meta) | ({"castling"} if own.get("mask") else set())
-    if own.get("converted") or modes == {"linear"}:
+    if own.get("converted"):
+        modes = {"linear"}
+    if modes == {attention}:
         return meta, []
+    if attention == "softmax" and modes:
+        raise ValueError(
+            f"checkpoint {source}: was trained with attention={', '.join(sorted(modes))!r}, but the config has "
+            "attention='softmax'; give the config that it was trained with"
+        )
     if modes:
         raise ValueError(
             f"checkpoint {source}: was trained with attention={', '.join(sorted(modes))!r} and is not converted; "
             "run tools/convert.py on it and take the file that it writes"
         )
+    if attention == "softmax":
+        return meta, []
     return meta, [
         "the checkpoint does not say how it was trained: weights of a castling training whose mask is not empty would "
         "compute something else here; tools/convert.py checks that"

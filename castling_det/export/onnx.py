@@ -16,6 +16,7 @@ from torch import nn
 
 from castling_det import __version__
 from castling_det.compat.host import EXPORTING_TORCH, release
+from castling_det.config import load_config
 from castling_det.conversion import detectors
 from castling_det.conversion.checkpoints import load_checkpoint
 from castling_det.export import checks
@@ -27,7 +28,7 @@ from castling_det.runtime.metadata import OUTPUT_NAMES, ModelMetadata
 from castling_det.runtime.preprocess import Resize
 from castling_det.runtime.torch_detector import class_names
 
-__all__ = ["ExportReport", "export_onnx", "load_linear"]
+__all__ = ["ExportReport", "export_onnx", "load_deployable"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class ExportReport:
         size = self.path.stat().st_size / 1e6
         lines = [
             f"{self.path}: {size:.1f} MB, {meta.precision}, {meta.outputs}, opset {meta.opset}",
-            f"attention: {meta.attention}; no softmax attention in the graph",
+            f"attention: {meta.attention}{'; no softmax attention in the graph' * (meta.attention == 'linear')}",
             f"parity with PyTorch at {len(self.parity)} sizes, {bounds}:",
             *(f"  {result.line()}" for result in self.parity),
         ]
@@ -68,7 +69,7 @@ def export_onnx(
     """Writes `out` after it has passed its checks; on any refusal nothing is written.
 
     Args:
-        config, checkpoint, out: see `load_linear`; `out` is the `.onnx` file to write.
+        config, checkpoint, out: see `load_deployable`; `out` is the `.onnx` file to write.
         raw: the head's own outputs instead of detections.
         preprocessing: take images as they were read; otherwise normalised ones.
         precision: `"float32"`, `"float16"`, or `"int8"`: linear layers quantised dynamically, the rest float32.
@@ -81,12 +82,14 @@ def export_onnx(
     _check_out(out)
     if precision not in checks.TOLERANCES:
         raise ValueError(f"precision={precision!r}: expected one of {', '.join(map(repr, checks.TOLERANCES))}")
-    linear, detector, classes, notes = load_linear(config, checkpoint)
+    deployed, detector, classes, notes = load_deployable(config, checkpoint)
+    (attention,) = detectors.attention_modes(deployed)
     network = DeployedDetector(detector, preprocessing=preprocessing, half=precision == "float16").eval()
-    metadata = _described(linear, network, classes, checkpoint, raw=raw, precision=precision, opset=opset)
-    metadata = dataclasses.replace(metadata, notes=(*metadata.notes, *notes))
+    metadata = _described(deployed, network, classes, checkpoint, raw=raw, precision=precision, opset=opset)
+    metadata = dataclasses.replace(metadata, attention=attention, notes=(*metadata.notes, *notes))
     program = trace(network)
-    checks.check_linear_only(program)
+    if attention == "linear":
+        checks.check_linear_only(program)
     model = onnx_model(program, opset=opset)
     # Everything is compared; the file has only the outputs that were asked for, of the same graph.
     every = [output.name for output in model.graph.output]
@@ -108,19 +111,23 @@ def export_onnx(
     return ExportReport(out, metadata, results)
 
 
-def load_linear(
+def load_deployable(
     config: str | os.PathLike[str] | Config, checkpoint: str | os.PathLike[str]
 ) -> tuple[Config, nn.Module, tuple[str, ...], tuple[str, ...]]:
-    """The linear config, its detector with the checkpoint's weights, the classes, and notes of what is not proven.
+    """The deployed config, its detector with the checkpoint's weights, the classes, and notes of what is not proven.
 
     The checkpoint is one that `tools/convert.py` wrote, or of a linear training; the config may be the castling one.
+    A softmax training is taken as it is, as the baseline to compare with.
     """
-    linear = detectors.with_attention(detectors.training_config(config), "linear")
+    config = load_config(config)
+    softmax = detectors.attention_modes(config) == {"softmax"}
+    attention = "softmax" if softmax else "linear"
+    deployed = detectors.with_attention(config if softmax else detectors.training_config(config), attention)
     loaded = load_checkpoint(checkpoint)
-    meta, unproven = detectors.check_deployable(loaded, checkpoint)
-    detector = detectors.build_detector(linear)
+    meta, unproven = detectors.check_deployable(loaded, checkpoint, attention)
+    detector = detectors.build_detector(deployed)
     _, unknown = detectors.load_weights(detector, loaded, checkpoint)
-    return linear, detector, class_names(meta, linear), (*unproven, *unknown)
+    return deployed, detector, class_names(meta, deployed), (*unproven, *unknown)
 
 
 def _check_file(part: Path, compared: checks.Runner, network: DeployedDetector) -> None:

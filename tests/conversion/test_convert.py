@@ -16,7 +16,7 @@ from PIL import Image
 
 from castling_det.conversion import convert, load_checkpoint, manifest_path
 from castling_det.conversion.detectors import build_detector, with_attention
-from castling_det.export.onnx import load_linear
+from castling_det.export.onnx import load_deployable
 from castling_det.files import sha256_of
 from castling_det.layers import MaskState, attention_layers
 from castling_det.runtime.torch_detector import TorchDetector
@@ -221,14 +221,14 @@ def test_every_reader_of_a_checkpoint_compares_its_attention(
     set_options(tiny_config, normalizer="kernel")
     tiny_config.dump(other)
     message = r"deploy\.pth: its attention blocks\.0 was trained with normalizer='l2'"
-    for read in (load_linear, lambda config, path: TorchDetector(path, config)):
+    for read in (load_deployable, lambda config, path: TorchDetector(path, config)):
         with pytest.raises(ValueError, match=message):
             read(other, out)
-    assert load_linear(tiny_config_file, out)[-1] == ()
+    assert load_deployable(tiny_config_file, out)[-1] == ()
     torch.save(checkpoint["state_dict"], out)  # weights alone say nothing of mask and options
-    assert "does not say how it was trained" in load_linear(tiny_config_file, out)[-1][0]
+    assert "does not say how it was trained" in load_deployable(tiny_config_file, out)[-1][0]
     with pytest.raises(ValueError, match="trained with attention='castling' and is not converted"):
-        load_linear(tiny_config_file, source)
+        load_deployable(tiny_config_file, source)
 
 
 @pytest.mark.parametrize(

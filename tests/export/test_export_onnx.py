@@ -13,7 +13,7 @@ import torch
 from castling_det.conversion.detectors import build_detector, with_attention
 from castling_det.export import onnx as exporting
 from castling_det.export.checks import check_linear_only
-from castling_det.export.graph import onnx_runner, trace
+from castling_det.export.graph import onnx_model, onnx_runner, trace
 from castling_det.export.inputs import example_images, example_shape, image_pipeline
 from castling_det.export.network import DeployedDetector
 from castling_det.export.onnx import export_onnx
@@ -263,9 +263,20 @@ def test_the_tool_refuses_in_one_line(traced, deployable, tmp_path, capsys, chan
     assert not (tmp_path / "out.onnx").exists() and not list(tmp_path.glob(".*part*"))
 
 
-def test_what_is_not_linear_is_refused(deployable, tmp_path):
+def test_a_softmax_detector_is_exported_as_a_baseline(deployable, tmp_path, monkeypatch):
+    monkeypatch.setattr(exporting, "trace", trace)  # not the program that the other tests share
+    monkeypatch.setattr(exporting, "onnx_model", onnx_model)
+    config = with_attention(tiny_config("gfl_vit"), "softmax")
+    config.model.backbone.update(window_size=2, global_indices=(0,))
+    _, checkpoint = deployable("gfl_vit", cfg=config.pretty_text)
+    report = export_onnx(config, checkpoint, tmp_path / "out.onnx")
+    assert "attention: softmax\n" in report.summary() and report.metadata.attention == "softmax"
+    assert "Softmax" in {node.op_type for node in onnx.load(report.path).graph.node}
+
+
+def test_what_was_trained_otherwise_is_refused(deployable, tmp_path):
     config, checkpoint = deployable("gfl_vit")
-    with pytest.raises(ValueError, match="attention='softmax'"):
+    with pytest.raises(ValueError, match=r"trained with attention='linear', but the config has attention='softmax'"):
         export_onnx(with_attention(config, "softmax"), checkpoint, tmp_path / "out.onnx")
     hybrid = with_attention(config, "castling")
     _, checkpoint = deployable("gfl_vit", cfg=hybrid.pretty_text)
