@@ -8,7 +8,7 @@ import sys
 
 from mmengine.config import DictAction
 
-from castling_det.config import load_config
+from castling_det.config import input_size_of, load_config
 from castling_det.files import write_json
 from castling_det.report.complexity import Complexity, detector_complexity
 
@@ -45,9 +45,8 @@ def main() -> int:
         "--shape",
         nargs=2,
         type=int,
-        required=True,
         metavar=("H", "W"),
-        help="height and width of the image in pixels",
+        help="height and width of the image in pixels (default: what the test pipeline resizes to)",
     )
     parser.add_argument("--json", metavar="OUT", help="also write the record, with a row a module, as JSON")
     parser.add_argument("--modules", action="store_true", help="print a row for each module")
@@ -61,7 +60,10 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         config = load_config(arguments.config, arguments.cfg_options)
-        found = detector_complexity(config, tuple(arguments.shape), name=arguments.config)
+        shape = arguments.shape or input_size_of(config)
+        if shape is None:
+            raise ValueError(f"config {arguments.config}: its test pipeline states no size; give --shape H W")
+        found = detector_complexity(config, tuple(shape), name=arguments.config)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -1,4 +1,4 @@
-"""Compares trained detectors: reads what they left, writes report.json, .md, .csv and index.html. Measures nothing.
+"""Compares trained detectors: reads what they left, writes report.json, report.md and index.html. Measures nothing.
 
 A run is NAME=PATH: the work dir of MMDetection's tools/train.py or tools/test.py, a checkpoint (its folder counts), or
 a COCO results file (FILE.json, evaluated here). More fields follow after commas where a default does not fit:
@@ -12,7 +12,7 @@ a COCO results file (FILE.json, evaluated here). More fields follow after commas
 
 Runs of the same name are seeds of one another and share a row. A run that was not tested has the figures of its last
 validation, and says so. Differences from the baseline get an interval, by a bootstrap over the test images, where
-predictions of both are at hand. Latency and memory are read from --benchmark or --latency.
+predictions of both are at hand. Latency and memory are read from --latency.
 Exit code: 0; 1 if a run failed; 2 for a wrong argument or a file that cannot be read or written.
 
   tools/report.py --run softmax=work_dirs/demo/seed0/softmax --run castling=work_dirs/demo/seed0/castling
@@ -46,8 +46,6 @@ def main() -> int:
     parser.add_argument("--images", required=True, type=Path, metavar="DIR", help="folder of the tested images")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the report")
     parser.add_argument("--shape", nargs=2, type=int, metavar=("H", "W"), help="image for GMACs (default: as tested)")
-    text = "a benchmark.json of tools/benchmark.py: latency over size, and of the runs' own detector"
-    parser.add_argument("--benchmark", action="append", type=Path, default=[], metavar="FILE", help=text)
     parser.add_argument("--latency", type=Path, metavar="FILE", help="JSON with measured latencies by run")
     parser.add_argument("--resamples", type=int, default=1000, metavar="N", help="draws of the images; 0: no interval")
     parser.add_argument("--bootstrap-seed", type=int, default=0, metavar="N", help="of these draws")
@@ -69,7 +67,6 @@ def main() -> int:
             created_by=shlex.join(["tools/report.py", *sys.argv[1:]]),
             shape=tuple(arguments.shape) if arguments.shape else None,
             latency=read_latency(arguments.latency) if arguments.latency else None,
-            benchmarks=arguments.benchmark,
             score_threshold=arguments.score,
             resamples=arguments.resamples,
             bootstrap_seed=arguments.bootstrap_seed,

@@ -9,12 +9,10 @@ from pathlib import Path
 
 from castling_det.config import load_config, network_shape
 from castling_det.report.bootstrap import differences, predictions_by_seed
-from castling_det.report.compare import latency_of, read_benchmark
 from castling_det.report.complexity import Complexity, detector_complexity
 from castling_det.report.evaluation import Annotations, Found, match_boxes
 from castling_det.report.gallery import Row, gallery
 from castling_det.report.records import (
-    Benchmark,
     Comparison,
     ImageComparison,
     Latency,
@@ -39,7 +37,6 @@ def build_report(
     created_by: str,
     shape: tuple[int, int] | None = None,
     latency: Mapping[str, Latency] | None = None,
-    benchmarks: Sequence[Path] = (),
     score_threshold: float = 0.3,
     resamples: int = 1000,
     bootstrap_seed: int = 0,
@@ -47,10 +44,10 @@ def build_report(
     """Reads every run, and compares baseline and deployed image by image on the first seed that both have.
 
     The arguments are those of tools/report.py. `shape` (height, width) is where multiply-adds are counted; by default
-    the baseline's test pipeline makes it of the data set's most common image size. Runs without a `latency`, given by
-    name, take it from `benchmarks`. ValueError names a file or a name that is wrong.
+    the baseline's test pipeline makes it of the data set's most common image size. `latency` is by name of the run.
+    ValueError names a file or a name that is wrong.
     """
-    latency, measured = latency or {}, {path: read_benchmark(path) for path in benchmarks}
+    latency = latency or {}
     if unknown := sorted(set(latency) - {spec.name for spec in specs}):
         raise ValueError(f"latency: {unknown} are no runs; expected some of {sorted({spec.name for spec in specs})}")
     runs = [build_run(spec, annotations=annotations, latency=latency.get(spec.name)) for spec in specs]
@@ -58,7 +55,7 @@ def build_report(
     if shape is None and config is not None and annotations.image_shape is not None:
         shape = network_shape(load_config(config), annotations.image_shape)
     counted: dict[str, Complexity] = {}
-    runs = [with_costs(run, shape, counted, measured) for run in runs]
+    runs = [with_costs(run, shape, counted) for run in runs]
     # Runs of one recipe follow the same schedule: only the first one's mask is drawn.
     drawn = next((run for run in runs if run.mask.kept_fraction), None)
     report = Report(
@@ -69,7 +66,6 @@ def build_report(
         created_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         machine=this_machine(),
         runs=tuple(run if run is drawn else replace(run, mask=MaskOccupancy(run.mask.empty_from)) for run in runs),
-        benchmarks=tuple(measured.values()),
     )
     # After the report has said whether the names are those of runs: this takes its time.
     intervals = differences(runs, annotations, baseline=baseline, resamples=resamples, bootstrap_seed=bootstrap_seed)
@@ -89,10 +85,8 @@ def build_report(
     return replace(report, comparison=replace(comparison, images=tuple(images)))
 
 
-def with_costs(
-    run: RunRecord, shape: tuple[int, int] | None, counted: dict[str, Complexity], benchmarks: Mapping[Path, Benchmark]
-) -> RunRecord:
-    """The run with multiply-adds at `shape`, counted once for each model, and its latency from the benchmarks."""
+def with_costs(run: RunRecord, shape: tuple[int, int] | None, counted: dict[str, Complexity]) -> RunRecord:
+    """The run with multiply-adds at `shape`, counted once for each model."""
     if run.config is None:
         return run
     config, notes, key = load_config(run.config), list(run.notes), ""
@@ -105,9 +99,6 @@ def with_costs(
     if (found := counted.get(key)) is not None:
         by_kind = {kind: macs / 1e9 for kind, macs in found.macs_by_kind.items()}
         run = replace(run, params=found.params, gmacs=found.gmacs, gmacs_by_kind=by_kind, input_shape=found.input_shape)
-    if run.latency is None:
-        latency, more = latency_of(benchmarks, config, run.input_shape)
-        run, notes = replace(run, latency=latency), notes + more
     return replace(run, notes=tuple(notes))
 
 

@@ -11,8 +11,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from castling_det.report.compare import crossover, summaries
-from castling_det.report.records import BenchmarkRow, Report, RunRecord, Series, printable, unique
+from castling_det.report.compare import summaries
+from castling_det.report.records import Report, RunRecord, Series, printable, unique
 
 # Okabe and Ito's palette, safe for the colour-blind, in an order in which neighbours differ in lightness too.
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#aa4a86", "#7a6a00", "#4d4d4d")
@@ -143,34 +143,6 @@ def cost_by_kind(report: Report) -> str | None:
     axes.grid(False, axis="y")
     axes.margins(x=0.12)
     return _svg(axes, x=_cost_label(report), y="")
-
-
-@_styled
-def latency_over_size(report: Report, rows: Sequence[BenchmarkRow]) -> str:
-    """Median latency of each variant over the number of tokens, with the span from p20 to p80 and the crossover."""
-    # Softmax and linear attention have the colours of the runs that use them.
-    shown = {"softmax": report.baseline, "linear": report.deployed}
-    variants = unique([*shown, *(row.variant for row in rows)])
-    names = unique([*report.names, *(shown.get(variant, variant) for variant in variants)])
-    rows = sorted(rows, key=lambda row: row.tokens)
-    axes = _new_axes()
-    for index, variant in enumerate(variants):
-        points = [(row.tokens, row.timing) for row in rows if row.variant == variant and row.timing]
-        tokens, color = [tokens for tokens, _ in points], run_color(shown.get(variant, variant), names)
-        low, middle, high = ([getattr(t, f"p{p}_ms") for _, t in points] for p in (20, 50, 80))
-        marker = _MARKERS[index % len(_MARKERS)] + "-"
-        axes.plot(tokens, middle, marker, color=color, markersize=5, label=label_of(variant))
-        axes.fill_between(tokens, low, high, color=color, alpha=0.15, linewidth=0)
-    if (crossing := crossover(rows)[0]) is not None:
-        _mark(axes, crossing, f"crossover: N = {crossing:.0f}")
-    sizes = {row.tokens: f"{row.height} x {row.width}\nN = {row.tokens}" for row in rows}
-    axes.set(xscale="log", yscale="log")
-    _plain_numbers(axes.xaxis, axes.yaxis)
-    axes.set_xlim(min(sizes) / 1.15, max(sizes) * 1.15)
-    axes.set_xticks(list(sizes), labels=list(sizes.values()), fontsize=8)
-    unit = "map of tokens" if rows[0].level in ("core", "block") else "image, pixels"
-    label = f"{unit}, height x width, with the number of tokens N"
-    return _svg(axes, x=label, y="latency p50, ms", from_zero=False)
 
 
 def categories_by_difference(report: Report) -> list[str]:

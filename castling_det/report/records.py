@@ -87,46 +87,6 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Timing:
-    """Percentiles of one call in milliseconds."""
-
-    p20_ms: float
-    p50_ms: float
-    p80_ms: float
-
-
-@dataclass(frozen=True)
-class BenchmarkRow:
-    """One variant of attention at one input: the fields of a benchmark's row that a report reads.
-
-    `height` x `width` are the map of tokens at the levels core and block, else the image in pixels.
-    """
-
-    level: str
-    variant: str
-    passes: str
-    dtype: str
-    batch: int
-    height: int
-    width: int
-    tokens: int
-    status: str = "ok"
-    timing: Timing | None = None
-    peak_mib: float | None = None
-    parity_ok: bool | None = None
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """A record of tools/benchmark.py. `detector` is the pattern of the measured detector's configs."""
-
-    machine: Machine
-    created_by: str
-    detector: str | None
-    rows: tuple[BenchmarkRow, ...]
-
-
-@dataclass(frozen=True)
 class Difference:
     """mAP of the runs `name` minus the baseline's: the mean over `pairs` of runs, one a seed.
 
@@ -245,7 +205,6 @@ class Report:
     runs: tuple[RunRecord, ...]
     comparison: Comparison | None = None
     differences: tuple[Difference, ...] = ()
-    benchmarks: tuple[Benchmark, ...] = ()
 
     def __post_init__(self) -> None:
         for label, name in (("baseline", self.baseline), ("deployed", self.deployed)):

@@ -1,14 +1,12 @@
-"""A report as Markdown, CSV, JSON and one HTML page that needs no other file. Rendered from the records alone."""
+"""A report as Markdown, JSON and one HTML page that needs no other file. Rendered from the records alone."""
 
 from __future__ import annotations
 
 import base64
-import csv
 import io
 import statistics
 import textwrap
 from collections.abc import Sequence
-from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,21 +14,20 @@ from typing import Any
 from PIL import Image
 
 from castling_det.files import write_text
-from castling_det.report.compare import Spread, Summary, crossover, summaries
+from castling_det.report.compare import Spread, Summary, summaries
 from castling_det.report.gallery import BOXES, Row
-from castling_det.report.records import METRICS, BenchmarkRow, Report, RunRecord, printable, unique, write_report_json
+from castling_det.report.records import METRICS, Report, RunRecord, printable, unique, write_report_json
 
 RUN_COLUMNS = (*METRICS, "iterations", "training (h:m:s)", "checkpoint sha256")
 
 
 def write_report(out_dir: Path, report: Report, pictures: Sequence[Row] = (), attention: Sequence[Any] = ()) -> None:
-    """Writes `report.json`, `report.md`, `report.csv` and `index.html` into `out_dir`, each atomically.
+    """Writes `report.json`, `report.md` and `index.html` into `out_dir`, each atomically.
 
     The page shows `pictures`, the gallery of the report's comparison, and `attention`, those of tools/attention.py.
     """
     write_report_json(out_dir / "report.json", report)
     write_text(out_dir / "report.md", markdown(report))
-    write_text(out_dir / "report.csv", csv_text(report))
     write_text(out_dir / "index.html", html_page(report, pictures, attention))
 
 
@@ -56,18 +53,6 @@ def headline(report: Report, *, brief: bool = True) -> str:
     return "\n".join(lines) + "\n"
 
 
-def loss_table(report: Report) -> str:
-    """How low the training losses end: the mean over a name's seeds, and the difference from the baseline's.
-
-    Runs of one seed see the same images in the same order, so that most of the noise of a loss is the same in both.
-    """
-    body = []
-    for summary in summaries(report):
-        difference = "baseline" if summary.name == report.baseline else _text(summary.loss_difference, "+")
-        body.append([summary.name, str(summary.seeds), _text(summary.loss), difference])
-    return "\n".join(markdown_table(("run", "seeds", "loss", f"loss - {report.baseline}"), body)) + "\n"
-
-
 def markdown(report: Report) -> str:
     """The table, failed runs, every single run, how it was made."""
     lines = [one_line(f"# {report.deployed} against {report.baseline}"), "", one_line(f"Data: {report.dataset}."), ""]
@@ -88,54 +73,6 @@ def _code(text: str) -> str:
     return f"`` {line.replace('``', '` `')} ``" if "`" in line else f"`{line}`"
 
 
-def csv_text(report: Report) -> str:
-    """One row a run, failed ones too, units in the names. An empty cell is a number that is not known."""
-    rows = [_csv_row(report, run) for run in report.runs]
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return printable(buffer.getvalue())
-
-
-def _csv_row(report: Report, run: RunRecord) -> dict[str, object]:
-    difference = report.difference_of(run.name)
-    latency = asdict(run.latency) if run.latency is not None else {}
-    interval = asdict(difference) if difference is not None else {}
-    height, width = run.input_shape or (None, None)
-    timed_height, timed_width = latency.get("input_shape", (None, None))
-    return {
-        "run": run.name,
-        "seed": run.seed,
-        "status": "ok" if run.ok else "failed",
-        "reason": run.reason,
-        "attention": run.attention,
-        **{name: run.metrics.get(name) for name in METRICS},
-        "metrics_source": run.metrics_source,
-        "baseline": report.baseline,
-        "mAP_minus_baseline_mean_over_seeds": interval.get("value"),
-        "mAP_minus_baseline_low": interval.get("low"),
-        "mAP_minus_baseline_high": interval.get("high"),
-        "interval_confidence": interval.get("confidence"),
-        "interval_resamples": interval.get("resamples"),
-        "params": run.params,
-        "gmacs": run.gmacs,
-        "gmacs_input_height_px": height,
-        "gmacs_input_width_px": width,
-        "latency_p50_ms": latency.get("p50_ms"),
-        "latency_input_height_px": timed_height,
-        "latency_input_width_px": timed_width,
-        "latency_threads": latency.get("threads"),
-        "latency_device": latency.get("device"),
-        "peak_memory_mib": latency.get("peak_mib"),
-        "mask_empty_from_iteration": run.mask.empty_from,
-        "iterations": run.iterations,
-        "training_seconds": run.train_seconds,
-        "checkpoint_sha256": run.checkpoint_sha256,
-        "config": run.config,
-    }
-
-
 def html_page(report: Report, pictures: Sequence[Row] = (), attention: Sequence[Any] = ()) -> str:
     """The page, whole. The template escapes every value; pictures and plots are data: addresses."""
     import jinja2
@@ -154,7 +91,7 @@ def html_page(report: Report, pictures: Sequence[Row] = (), attention: Sequence[
         failures=_failures(report), notes=_notes(report), table_notes=(_interval_note(report), _latency_note(report)),
         masked=next((run for run in report.runs if run.mask.kept_fraction), None), pictures=pictures,
         attention=attention, boxes=BOXES, run_columns=RUN_COLUMNS, run_cells=_run_cells, commands=_commands(report),
-        figures=figures, crossover=crossover, speeds=_speeds(report), jpeg=_jpeg, svg=_svg,
+        figures=figures, jpeg=_jpeg, svg=_svg,
     )  # fmt: skip
 
 
@@ -167,19 +104,6 @@ def _jpeg(picture: Image.Image) -> str:
     buffer = io.BytesIO()
     picture.save(buffer, format="JPEG", quality=88, subsampling=0)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
-
-
-def _speeds(report: Report) -> list[tuple[str, list[BenchmarkRow]]]:
-    """The tables of all benchmarks that have softmax and linear attention, each with the place of its making."""
-    found = []
-    for benchmark in report.benchmarks:
-        tables: dict[tuple[str, str, str, int], list[BenchmarkRow]] = {}
-        for row in benchmark.rows:
-            tables.setdefault((row.level, row.passes, row.dtype, row.batch), []).append(row)
-        machine = benchmark.machine
-        place = f"{machine.cpu}, {machine.threads} threads, device {machine.device}; made by {benchmark.created_by}"
-        found += [(place, rows) for rows in tables.values() if {"softmax", "linear"} <= {row.variant for row in rows}]
-    return found
 
 
 def _tiles(report: Report) -> list[tuple[str, str]]:
@@ -275,8 +199,6 @@ def _latency_note(report: Report) -> str:
     sources = unique(latency.source for latency in timed if latency.source is not None)
     lines = [f"Latency is that of one image: {'; '.join(kinds)}."] if timed else []
     lines += [f"From {'; '.join(sources)}."] if sources else []
-    if any("variant softmax," in source for source in sources):
-        lines.append("Benchmarks time softmax without the local convolution that our softmax runs have.")
     return " ".join(lines)
 
 

@@ -166,28 +166,3 @@ def write_demo(root: Path, annotations: Path, *, seeds: int = 2) -> list[str]:
             )  # fmt: skip
             runs.append(f"{name}={folder / name}")
     return runs
-
-
-def write_benchmark(root: Path, *, attention_options: str = "") -> Path:
-    """A benchmark of the demo's detector at two sizes and of the core, with a crossover, and the detector's configs."""
-    root.mkdir(parents=True)
-    for attention in ("softmax", "linear"):
-        config = CONFIG.format(seed=0, load_from=None, attention=attention)
-        (root / f"det_{attention}_x.py").write_text(config.replace("depth=2", f"depth=2{attention_options}"))
-    rows = []
-    for level, passes, sizes in (("detector", "forward", (64, 128)), ("core", "forward+backward", (8, 16, 32))):
-        for side in sizes:
-            tokens = side**2 if level == "core" else (side // 16) ** 2
-            for variant, p50 in (("softmax", 1e-4 * tokens**2), ("linear", 2e-3 * tokens)):
-                rows.append({
-                    "level": level, "variant": variant, "passes": passes, "dtype": "float32", "batch": 1,
-                    "height": side, "width": side, "tokens": tokens, "status": "ok", "reason": None,
-                    "timing": {"p20_ms": 0.9 * p50, "p50_ms": p50, "p80_ms": 1.2 * p50, "repeats": 5},
-                    "peak_mib": float(side), "parity_ok": True, "parity_rms": 1e-7,
-                })  # fmt: skip
-    rows.append({**rows[0], "variant": "published", "status": "failed", "timing": None})
-    rows.append({**rows[0], "variant": "dense", "parity_ok": False})
-    machine = {name: getattr(MACHINE, name) for name in ("torch", "device", "cpu", "threads", "python", "commit")}
-    detector = str(root / "det_*_x.py")
-    record = {"machine": machine, "created_by": "tools/benchmark.py", "detector": detector, "rows": rows}
-    return dump(root / "benchmark.json", {"schema": "castling_det.benchmark/1", "benchmark": record})

@@ -24,13 +24,13 @@ from castling_det.report.records import Report, RunRecord, Series, read_report
 from castling_det.report.render import html_page, write_report
 from castling_det.report.runs import RunSpec
 from tests.report.conftest import Demo, Tool
-from tests.report.samples import dump, make_report, make_run, write_benchmark, write_data, write_demo, write_predictions
+from tests.report.samples import dump, make_report, make_run, write_data, write_demo, write_predictions
 
 VOID = {"meta", "img", "br", "link", "hr", "input"}
 PLOTS = [
-    "mAP over multiply-adds", "mAP over latency", "Where the multiply-adds are", "detector, forward",
-    "core, forward+backward", "tree", "Loss", "Accuracy on the validation images",
-    "Share of the attention weights above the threshold", "Share of the probability that they hold",
+    "mAP over multiply-adds", "mAP over latency", "Where the multiply-adds are", "tree", "Loss",
+    "Accuracy on the validation images", "Share of the attention weights above the threshold",
+    "Share of the probability that they hold",
 ]  # fmt: skip
 
 
@@ -89,9 +89,7 @@ def test_the_page_shows_every_plot_and_picture_and_needs_nothing_else(demo_page:
     assert page.tags.isdisjoint({"script", "link", "iframe", "object", "svg"})
     assert all(reference.startswith("data:image/") for reference in page.references)
     assert not re.search(r"https?:|@import|url\(", demo_page)
-    assert "empty from 160" in page.drawn(PLOTS[8]) and "From iteration 160 on no layer keeps anything" in page.text
-    assert "crossover: N = 20" in page.drawn("detector, forward"), "1e-4 N^2 meets 2e-3 N there"
-    assert "crossover" not in page.drawn("core, forward+backward") and "N = 64, the smallest size" in page.text
+    assert "empty from 160" in page.drawn(PLOTS[6]) and "From iteration 160 on no layer keeps anything" in page.text
     assert "noise & <boxes>" in page.text, "text is escaped, not interpreted"
     assert "score of at least 0.3" in page.text and "at least 0.5" in page.text
     assert "1 right, 0 wrong, 2 missed" in page.text and "3 right, 0 wrong, 0 missed" in page.text
@@ -109,7 +107,7 @@ def test_a_run_has_one_colour_everywhere(demo_page: str) -> None:
     page = Page(demo_page)
     row = re.search(r"background:(#\w{6})\"></span>softmax</td>", demo_page)
     assert row is not None
-    assert all(row[1] in page.plots[name] for name in (*PLOTS[:6], *PLOTS[6:8]))
+    assert all(row[1] in page.plots[name] for name in PLOTS[:6])
 
 
 def test_pictures_are_the_ones_of_their_side(demo: Demo) -> None:
@@ -208,7 +206,7 @@ def test_hostile_names_are_text_on_every_page_and_picture(
     drawn = {plot: page.drawn(plot) for plot in page.plots}
     assert f"softmax{one}"[:40] in drawn["Loss"]
     for name in (one, two, three):
-        assert name[:40] in drawn[PLOTS[8]] and name.replace("_", " ")[:40] in drawn[PLOTS[2]]
+        assert name[:40] in drawn[PLOTS[6]] and name.replace("_", " ")[:40] in drawn[PLOTS[2]]
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "<" not in re.sub(r"`` .*? ``|`[^`]*`", "", text) and "\x1b" not in text
     table = [line for line in text.splitlines() if line.startswith("|")][: len(report.names) + 2]
@@ -288,15 +286,15 @@ def test_the_command(tool: Tool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     out, strip = tmp_path / "out", tmp_path / "strip.png"
     arguments = [*runs, "--baseline", "softmax", "--ann", annotations, "--images", images, "--out", out]
     arguments += ["--strip", strip]
-    measured = ["--benchmark", write_benchmark(tmp_path / "benchmark")]
+    row = {"p50_ms": 3, "threads": 2, "device": "cpu", "input_shape": [128, 128]}
+    measured = ["--latency", dump(tmp_path / "latency.json", {"latency": {"deploy": row}})]
     result = tool("report.py", *arguments, *measured, "--pictures", 2, "--score", 0.4, "--resamples", 20)
     assert result.returncode == 0, result.stderr
     assert "| deploy" in result.stdout and "index.html" in result.stdout
     report = json.loads((out / "report.json").read_text())["report"]
     assert report["deployed"] == "deploy" and report["comparison"]["score_threshold"] == 0.4
     assert report["created_by"].startswith("tools/report.py --run softmax=") and report["runs"][2]["latency"]
-    assert report["differences"][0]["resamples"] == 20 and len(report["benchmarks"]) == 1
-    assert (out / "report.csv").read_text().count("\n") == 4
+    assert report["differences"][0]["resamples"] == 20
     assert len(Page((out / "index.html").read_text()).photographs) == 6
     with Image.open(strip) as picture:
         assert picture.width > 3 * 512 and picture.height > 512 - 1
@@ -305,7 +303,7 @@ def test_the_command(tool: Tool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     failing = tool("report.py", *arguments, "--run", f"linear={tmp_path / 'nowhere'}", "--deployed", "deploy")
     assert failing.returncode == 1 and "linear: FAILED" in failing.stdout, "a failed run is in the exit code"
     for wrong, message in (
-        (["--benchmark", annotations], "val.json: schema=None: expected 'castling_det.benchmark"),
+        (["--latency", annotations], "val.json: "),
         (["--baseline", "none"], "baseline='none': expected the name of a run"),
         (["--ann", tmp_path], "not readable as a COCO annotation file"),
         (["--out", annotations / "out"], "val.json"),

@@ -1,23 +1,20 @@
-"""From records to tables: spreads, differences, losses, latencies, failed runs; Markdown and CSV."""
+"""From records to tables: spreads, differences, losses, latencies, failed runs."""
 
 from __future__ import annotations
 
-import csv
-import dataclasses
-import io
 from pathlib import Path
 
 import pytest
 
-from castling_det.config import load_config
 from castling_det.report.build import build_report, read_latency
-from castling_det.report.compare import latency_of, read_benchmark, summaries
+from castling_det.report.compare import summaries
 from castling_det.report.evaluation import Annotations
 from castling_det.report.records import RunRecord, Series, read_report
-from castling_det.report.render import csv_text, headline, html_page, loss_table, markdown, write_report
+from castling_det.report.render import headline, html_page, markdown, write_report
 from castling_det.report.runs import RunSpec, final_loss
 from tests.report.conftest import Demo
-from tests.report.samples import dump, make_report, make_run, write_benchmark, write_data
+from tests.report.samples import dump, make_report, make_run, write_data
+from tools.dev.tables import loss_table
 
 
 def cells(text: str) -> dict[str, list[str]]:
@@ -43,18 +40,6 @@ def test_the_markdown_holds_the_table(demo: Demo) -> None:
     assert "tools/report.py --x" in text and "train.py softmax.py" in text
     assert all(len(line) <= 130 for line in text.splitlines() if not line.startswith(("|", "- ")))
     assert "mAP_s" not in headline(demo.report) and "95% interval" in headline(demo.report), "the README's is narrow"
-
-
-def test_the_table_for_a_spreadsheet_has_a_row_a_run_with_units(demo: Demo) -> None:
-    report = dataclasses.replace(demo.report, runs=(*demo.report.runs, make_run("softmax", 5, None)))
-    rows = list(csv.DictReader(io.StringIO(csv_text(report))))
-    assert [row["run"] for row in rows] == [run.name for run in report.runs]
-    deploy, run, found = rows[2], report.runs[2], report.difference_of("deploy")
-    assert found is not None and float(deploy["mAP_minus_baseline_low"]) == found.low
-    assert float(deploy["gmacs"]) == run.gmacs and deploy["gmacs_input_width_px"] == "128"
-    assert float(deploy["latency_p50_ms"]) == pytest.approx(0.128) and deploy["peak_memory_mib"] == "128.0"
-    assert deploy["mask_empty_from_iteration"] == "160" and float(deploy["training_seconds"]) == pytest.approx(100)
-    assert rows[-1]["status"] == "failed" and rows[-1]["reason"] == "it | broke\nbadly <here>" and not rows[-1]["mAP"]
 
 
 def test_differences_are_paired_by_seed() -> None:
@@ -129,35 +114,6 @@ def test_a_latency_of_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"latency: \['c'\] are no runs; expected some of \['a', 'b'\]"):
         build_report([RunSpec("a", tmp_path), RunSpec("b", tmp_path)], baseline="a", deployed="b",
                      annotations=annotations, created_by="x", latency={"c": None})  # type: ignore[dict-item]  # fmt: skip
-
-
-def test_speed_is_read_from_a_benchmark_of_the_same_detector(demo: Demo, tmp_path: Path) -> None:
-    softmax, castling, deploy = demo.report.runs[:3]
-    assert softmax.latency is not None and deploy.latency is not None
-    assert softmax.latency.p50_ms == pytest.approx(1e-4 * 64**2) and deploy.latency.p50_ms == pytest.approx(2e-3 * 64)
-    assert deploy.latency.input_shape == (128, 128), "of two sizes the one that GMACs are counted at"
-    assert castling.latency == deploy.latency and deploy.latency.threads == 2 and deploy.latency.peak_mib == 128
-    assert {row.variant for row in demo.report.benchmarks[0].rows} == {"softmax", "linear"}, "failed and red ones go"
-    config = load_config(str(deploy.config))
-
-    def found(name: str, options: str, shape: tuple[int, int] | None) -> tuple[object, list[str]]:
-        path = tmp_path / name / "benchmark.json"
-        path = path if path.exists() else write_benchmark(tmp_path / name, attention_options=options)
-        latency, notes = latency_of({path: read_benchmark(path)}, config, shape)
-        return latency and latency.input_shape, notes
-
-    shape, notes = found("other", ", patch_size=8", (128, 128))
-    assert shape is None and "is another one" in notes[0] and "benchmark.json" in notes[0]
-    assert found("same", ", drop_path_rate=0.1", (70, 70)) == ((64, 64), [])
-    assert found("same", "", None) == ((128, 128), []), "the largest"
-    config.model.backbone.pop("attention")
-    assert found("same", "", (64, 64)) == (None, []), "a detector that is not ours"
-
-
-def test_another_file_is_no_benchmark(tmp_path: Path) -> None:
-    for content in ({"schema": "castling_det.benchmark/1", "benchmark": {"rows": 3}}, {"schema": "x"}, [], 3):
-        with pytest.raises(ValueError, match=r"a\.json: .*measure again with tools/benchmark\.py"):
-            read_benchmark(dump(tmp_path / "a.json", content))
 
 
 def test_a_report_of_nothing_but_names_is_rendered() -> None:

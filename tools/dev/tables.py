@@ -21,8 +21,9 @@ BLOCK = re.compile(r"(<!-- begin table (\w+):[^\n]*-->\n).*?(<!-- end table -->)
 sys.path.insert(0, str(ROOT))
 
 from castling_det.files import write_text  # noqa: E402
-from castling_det.report.records import read_report  # noqa: E402
-from castling_det.report.render import headline, loss_table, markdown_table  # noqa: E402
+from castling_det.report.compare import summaries  # noqa: E402
+from castling_det.report.records import Report, read_report  # noqa: E402
+from castling_det.report.render import headline, markdown_table  # noqa: E402
 from tests.robustness.records import crash_markdown, fuzz_markdown, read_crashes, read_fuzz  # noqa: E402
 from tools.benchmarks.attention import ratios_markdown, read_benchmark  # noqa: E402
 from tools.benchmarks.frontier_record import (  # noqa: E402
@@ -66,6 +67,19 @@ def stability() -> str:
         norm, commit = f"{record['max_grad_norm']:.1f}", (record["machine"]["commit"] or "-")[:7]
         body.append([record["precision"], *counts, norm, scale, commit])
     return "\n\n".join(["\n".join(markdown_table(head, body)), *(f"`{record['command']}`" for record in records)])
+
+
+def loss_table(report: Report) -> str:
+    """How low the training losses end: the mean over a name's seeds, and the difference from the baseline's.
+
+    Runs of one seed see the same images in the same order, so that most of the noise of a loss is the same in both.
+    """
+    body = []
+    for found in summaries(report):
+        loss = found.loss.text() if found.loss else "-"
+        gain = found.loss_difference.text("+") if found.loss_difference else "-"
+        body.append([found.name, str(found.seeds), loss, "baseline" if found.name == report.baseline else gain])
+    return "\n".join(markdown_table(("run", "seeds", "loss", f"loss - {report.baseline}"), body)) + "\n"
 
 
 def table(name: str) -> str:
