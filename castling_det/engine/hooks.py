@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from mmengine.dist import is_main_process
+from mmengine.dist import get_world_size, is_main_process
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook, Hook, LoggerHook
 from mmengine.logging import print_log
@@ -35,7 +35,8 @@ class ClassCountHook(Hook):
     """Stops a run whose config, model and data disagree before its first iteration; the error lists every problem.
 
     Checks the classes of the heads, of every loader and of the annotation files, and the file that the evaluator
-    reads. Files that `CheckedCocoDataset` checked when it was built are not read again.
+    reads. Files that `CheckedCocoDataset` checked when it was built are not read again. Warns of a learning rate that
+    belongs to a batch of another size.
     """
 
     def before_run(self, runner: Runner) -> None:
@@ -54,6 +55,15 @@ class ClassCountHook(Hook):
     def before_train(self, runner: Runner) -> None:
         """Checks the built model against the training data."""
         check_num_classes(runner.model, runner.train_dataloader.dataset.metainfo)
+        scaling = runner.cfg.get("auto_scale_lr") or {}
+        base, batch = scaling.get("base_batch_size"), get_world_size() * (runner.train_dataloader.batch_size or 0)
+        if base and batch and not scaling.get("enable") and not base / 4 <= batch <= base * 4:
+            print_log(
+                f"the learning rate belongs to a batch of {base} images (auto_scale_lr.base_batch_size), and this "
+                f"training has {batch}: train with --auto-scale-lr, or set optim_wrapper.optimizer.lr and the base",
+                logger="current",
+                level=logging.WARNING,
+            )
 
     def before_val(self, runner: Runner) -> None:
         """Checks the built model against the validation data."""

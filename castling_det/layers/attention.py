@@ -97,6 +97,8 @@ class MaskedAttention(nn.Module):
         return str(self.options)
 
     def _check_tokens(self, x: Tensor, hw: tuple[int, int], dim: int, num_prefix_tokens: int = 0) -> None:
+        if not torch.compiler.is_compiling() and 0 in x.shape:
+            raise ValueError(f"x: expected at least one image and one token, got {tuple(x.shape)}; leave it out")
         if x.shape[1] != num_prefix_tokens + hw[0] * hw[1] or x.shape[2] != dim:
             prefix = f"{num_prefix_tokens} + " if num_prefix_tokens else ""
             raise ValueError(

@@ -107,7 +107,8 @@ class CocoPredictions:
         described = {"images": self.images, "annotations": [], "categories": categories}
         # Both contents are on disk before either file takes its name.
         with atomic_write(folder / _IMAGES) as images_part, atomic_write(folder / _PREDICTIONS) as predictions_part:
-            images_part.write_text(json.dumps(described, ensure_ascii=False) + "\n", encoding="utf-8")
+            # In ASCII: a file's name need not be text, and its bytes come back from the escapes.
+            images_part.write_text(json.dumps(described) + "\n", encoding="utf-8")
             predictions_part.write_text(json.dumps(self._entries, allow_nan=False) + "\n", encoding="utf-8")
 
 

@@ -18,3 +18,5 @@ model = dict(
     neck=dict(in_channels=[192, 384, 512]),
 )
 custom_hooks = [dict(type="castling_det.ClassCountHook"), *_base_.custom_hooks]
+# RTMDet's rate belongs to its 8 GPUs of 32 images; MMDetection's base file says 16.
+auto_scale_lr = dict(base_batch_size=256)

@@ -260,6 +260,12 @@ def test_castling_ramps_end_at_the_number_of_tokens(path, monkeypatch):
     assert hook.end == max(counted)
 
 
+@pytest.mark.parametrize("path", [c for c in CONFIGS if re.search(r"_\d+xb\d", c.stem)], ids=lambda path: path.stem)
+def test_the_rate_belongs_to_the_batch_in_the_name(path):
+    gpus, images = map(int, re.search(r"_(\d+)xb(\d+)-", path.stem).groups())
+    assert load(path).auto_scale_lr.base_batch_size == gpus * images == gpus * load(path).train_dataloader.batch_size
+
+
 def test_the_metafile_lists_every_config():
     listed = []
     for metafile in yaml.safe_load((ROOT / "model-index.yml").read_text())["Import"]:

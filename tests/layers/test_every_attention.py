@@ -69,6 +69,15 @@ def test_eval_computes_what_is_deployed(name, normalizer):
 
 
 @every_layer
+@pytest.mark.parametrize(("batch", "hw"), [(0, (4, 6)), (2, (0, 6)), (1, (0, 0))])
+def test_nothing_to_attend_to_is_one_clear_error(name, batch, hw):
+    layer = layer_of(name, mode="castling")
+    with pytest.raises(ValueError, match=rf"x: expected at least one image and one token, got \({batch}, "):
+        layer(torch.zeros(batch, hw[0] * hw[1], DIM), hw)
+    assert layer.mask_stats is None
+
+
+@every_layer
 def test_the_mask_counts_keys_and_fades(name):
     layer, x = layer_of(name, threshold=1.02, threshold_unit="uniform"), tokens_of(HW, DIM)
     assert layer.mask_stats is None

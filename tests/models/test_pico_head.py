@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 from mmengine.config import ConfigDict
+from mmengine.runner import load_checkpoint
 from mmengine.structures import InstanceData
 from torch import nn
 
@@ -220,3 +221,19 @@ def test_half_precision_at_640_has_room_for_the_areas_of_boxes(dtype):
 def test_errors_name_the_field(options, message):
     with pytest.raises(ValueError, match=message):
         small(**options)([torch.randn(1, 8, 4, 4)] * 3)
+
+
+def test_another_number_of_classes_starts_anew_and_keeps_the_rest(tmp_path):
+    """What mmengine does with `load_from`: the convolutions that score start from their prior, towers are loaded."""
+    trained, fresh = small(num_classes=80), small(num_classes=3)
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.add_(7)
+    torch.save({"state_dict": trained.state_dict()}, tmp_path / "trained.pth")
+    fresh.init_weights()
+    load_checkpoint(fresh, str(tmp_path / "trained.pth"), strict=False, logger="silent")
+    for level in range(len(STRIDES)):
+        scoring = fresh.gfl_cls[level]
+        assert torch.sigmoid(scoring.bias[:3]).sub(0.01).abs().max() < 1e-6 and scoring.weight.abs().max() < 0.1
+        for name, value in fresh.cls_convs[level].state_dict().items():
+            assert torch.equal(value, trained.cls_convs[level].state_dict()[name])

@@ -46,6 +46,14 @@ def files(folder):
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
+def test_a_name_that_is_no_text_is_written(detect, photos, tmp_path):
+    os.rename(photos / "1.png", os.fsencode(photos) + b"/b\xff.png")
+    code, _ = detect(photos)
+    names = [image["file_name"] for image in json.loads((tmp_path / "out" / "images.json").read_text())["images"]]
+    assert code == 0 and list(map(os.fsencode, names)) == [b"0.png", b"2.png", b"b\xff.png"]
+    assert os.path.exists(os.fsencode(tmp_path) + b"/out/pictures/b\xff.png")
+
+
 def test_a_folder(detect, photos, tmp_path):
     code, _ = detect(photos, "--batch-size", 2)
     out = tmp_path / "out"
