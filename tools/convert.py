@@ -20,7 +20,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("config", help="config of the training (attention='castling'), or its deploy config")
     parser.add_argument("source", help="checkpoint of the training")
-    parser.add_argument("out", help="checkpoint to write, .pth")
+    parser.add_argument("out", help="checkpoint to write, .pth, or .safetensors for all but MMEngine's own tools")
     parser.add_argument(
         "--from-softmax",
         action="store_true",

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from castling_det.conversion.safe_pickle import UnsafePickle, read_torch_file
 
-__all__ = ["WEIGHTS", "Weights", "load_checkpoint", "select_weights"]
+__all__ = ["WEIGHTS", "Weights", "load_checkpoint", "safetensors_bytes", "select_weights"]
 
+_META = "castling_det.meta"
 WEIGHTS = ("auto", "ema", "online")
 
 _STATE_DICT_KEYS = ("state_dict", "model", "teacher", "model_state")
@@ -54,7 +56,8 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads a `.pth` / `.pt` file, or a `.safetensors` file, onto the CPU. Nothing in the file is run.
 
     Returns:
-        The top-level dict as it was saved, or the tensors of a safetensors file by name. numpy numbers are Python's,
+        The top-level dict as it was saved, or the tensors of a safetensors file by name, under `state_dict` beside
+        `meta` where `safetensors_bytes` wrote it. numpy numbers are Python's,
         numpy arrays are tensors, and mmengine's logged curves (in `message_hub`) are None.
 
     Raises:
@@ -73,8 +76,11 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"checkpoint {path}: is empty (0 bytes); take another one")
     if path.suffix == ".safetensors" or head[8:9] == b"{":
         try:
-            return dict(load_file(path, device="cpu"))
-        except SafetensorError as error:
+            with safe_open(path, framework="pt", device="cpu") as opened:
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # it is no dict
+                text = (opened.metadata() or {}).get(_META)
+                return tensors if text is None else {"meta": json.loads(text), "state_dict": tensors}
+        except (SafetensorError, ValueError, RecursionError) as error:
             raise ValueError(f"checkpoint {path}: no whole safetensors file ({error}); get the file again") from error
     if kind := next(kind for start, kind in _STARTS.items() if head.startswith(start)):
         raise ValueError(f"checkpoint {path}: not a checkpoint but {kind}; expected a .pth, .pt or .safetensors file")
@@ -82,6 +88,12 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(checkpoint, dict):
         raise ValueError(f"checkpoint {path}: holds a {type(checkpoint).__name__}; expected a dict with {_WANTED}")
     return checkpoint
+
+
+def safetensors_bytes(meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytes:
+    """A safetensors file with `meta` as JSON in its header, which `load_checkpoint` reads back."""
+    whole = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
+    return save(whole, {_META: json.dumps(meta, default=str)})
 
 
 def _read(path: Path) -> Any:

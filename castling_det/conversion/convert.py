@@ -23,7 +23,7 @@ from mmengine.config import Config
 from torch import nn
 
 from castling_det import __version__
-from castling_det.conversion.checkpoints import Weights, load_checkpoint
+from castling_det.conversion.checkpoints import Weights, load_checkpoint, safetensors_bytes
 from castling_det.conversion.detectors import (
     build_detector,
     load_exactly,
@@ -67,7 +67,8 @@ def convert(
     Args:
         config: of the training (`attention="castling"`), or its deploy twin (`"linear"`).
         source: Runner checkpoint of the hybrid.
-        out: file to write; its meta says that it is converted, and `meta["cfg"]` is the deploy config.
+        out: `.pth` or `.safetensors` file to write; its meta says that it is converted, and `meta["cfg"]` is the deploy
+            config. MMEngine's own tools read `.pth` alone.
         allow_nonempty_mask: convert although the softmax branch still contributes, or may do so.
         weights: `"auto"` (the average where EMAHook left one), `"ema"` or `"online"`.
         probe_images: real images, files or folders, to measure on; without any, noise is generated.
@@ -133,8 +134,10 @@ class Job:
     ) -> Job:
         """Reads config and checkpoint, before anything slow; arguments as for `convert`."""
         source, out = Path(source), Path(out)
-        if out.suffix not in (".pth", ".pt"):
-            raise ValueError(f"output {out}: expected a .pth file; the manifest takes the same name with .json")
+        if out.suffix not in (".pth", ".pt", ".safetensors"):
+            raise ValueError(
+                f"output {out}: expected a .pth or .safetensors file; the manifest takes the same name with .json"
+            )
         if out.is_dir():
             raise ValueError(f"output {out}: is a folder; give the file to write")
         if out.exists() and source.exists() and out.samefile(source):
@@ -176,11 +179,14 @@ class Job:
         own = {**self.own, "attention": attention_record(attention_layers(model)), done[0]: {**origin, **done[1]}}
         if "cfg" in self.meta:
             own["training_cfg"] = self.meta["cfg"]
-        buffer = io.BytesIO()
-        # Weights and meta alone, so plain that `torch.load(..., weights_only=True)` reads them.
         meta = {**copy.deepcopy(self.meta), "cfg": config.pretty_text, META_KEY: own}
-        torch.save({"meta": meta, "state_dict": model.state_dict()}, buffer)
-        content = buffer.getvalue()
+        if self.out.suffix == ".safetensors":
+            content = safetensors_bytes(meta, model.state_dict())
+        else:
+            buffer = io.BytesIO()
+            # Weights and meta alone, so plain that `torch.load(..., weights_only=True)` reads them.
+            torch.save({"meta": meta, "state_dict": model.state_dict()}, buffer)
+            content = buffer.getvalue()
         left = [str(name) for name in self.checkpoint if picked.key and name not in ("meta", picked.key)]
         dropped = {name: _DROPPED.get(name, "not needed to run the detector") for name in left} | picked.dropped
         packages = {package.__name__: str(package.__version__) for package in (torch, timm, mmengine, mmcv, mmdet)}

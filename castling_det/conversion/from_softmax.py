@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
@@ -55,6 +56,8 @@ def start_from_softmax(
         ValueError: unusable file, config or option. `out` is as it was.
         OSError: `out` cannot be written. An older `out` is as it was.
     """
+    if Path(out).suffix == ".safetensors":
+        raise ValueError(f"output {out}: expected a .pth file, which MMEngine loads at the start of the training")
     job = Job.prepared(config, source, out, probe_images, num_probes, shape)
     modes = trained_attention(job.meta)
     if modes and modes != {"softmax"}:

@@ -13,9 +13,10 @@ import torch
 from mmdet.apis import init_detector
 from mmdet.structures import DetDataSample
 from PIL import Image
+from safetensors.torch import save
 
-from castling_det.conversion import convert, load_checkpoint, manifest_path
-from castling_det.conversion.detectors import build_detector, with_attention
+from castling_det.conversion import convert, load_checkpoint, manifest_path, start_from_softmax
+from castling_det.conversion.detectors import build_detector, own_meta, with_attention
 from castling_det.export.onnx import load_deployable
 from castling_det.files import sha256_of
 from castling_det.layers import MaskState, attention_layers
@@ -212,6 +213,38 @@ def test_the_weights_that_are_asked_for_are_taken(tiny_config, runner_checkpoint
     assert torch.equal(load_checkpoint(tmp_path / "deploy.pth")["state_dict"][BIAS], both[weights])
 
 
+def test_safetensors_hold_the_same_and_are_read_alike(tiny_config_file, tiny_config, runner_checkpoint, tmp_path):
+    source, _ = runner_checkpoint(EMPTY)
+    for suffix in ("pth", "safetensors"):
+        convert(tiny_config_file, source, tmp_path / f"deploy.{suffix}", **FAST)
+    plain, safe = (load_checkpoint(tmp_path / f"deploy.{suffix}") for suffix in ("pth", "safetensors"))
+    assert plain["state_dict"].keys() == safe["state_dict"].keys()
+    assert all(torch.equal(value, safe["state_dict"][name]) for name, value in plain["state_dict"].items())
+    for meta in (plain["meta"], safe["meta"]):
+        del meta["castling_det"]["converted"]["created"]
+    assert json.loads(json.dumps(plain["meta"], default=str)) == safe["meta"]
+    out = tmp_path / "deploy.safetensors"
+    assert load_deployable(tiny_config_file, out)[2:] == load_deployable(tiny_config_file, tmp_path / "deploy.pth")[2:]
+    with pytest.raises(ValueError, match="is converted already"):
+        convert(tiny_config_file, out, tmp_path / "again.pth", **FAST)
+    with pytest.raises(ValueError, match=r"expected a \.pth file, which MMEngine loads"):
+        start_from_softmax(tiny_config_file, source, out)
+    set_options(tiny_config, normalizer="kernel")
+    with pytest.raises(ValueError, match=r"deploy\.safetensors: its attention blocks\.0 was trained with"):
+        load_deployable(tiny_config, out)
+
+
+@pytest.mark.parametrize("text", ["{", "[" * 100_000, "null"])
+def test_a_header_that_lies_about_its_meta_is_one_line(tmp_path, text):
+    path = tmp_path / "deploy.safetensors"
+    path.write_bytes(save({"w": torch.zeros(1)}, {"castling_det.meta": text}))
+    if text == "null":
+        assert own_meta(load_checkpoint(path), path) == ({}, {})
+    else:
+        with pytest.raises(ValueError, match=r"deploy\.safetensors: no whole safetensors file"):
+            load_checkpoint(path)
+
+
 def test_every_reader_of_a_checkpoint_compares_its_attention(
     tiny_config_file, tiny_config, runner_checkpoint, tmp_path
 ):
@@ -277,7 +310,7 @@ def test_paths_and_options_are_checked(tiny_config, runner_checkpoint, tmp_path,
     source, _ = runner_checkpoint(EMPTY)
     out = tmp_path / "deploy.pth"
     for arguments, options, message in [
-        ((tiny_config, source, tmp_path / "deploy.json"), {}, r"expected a \.pth file"),
+        ((tiny_config, source, tmp_path / "deploy.json"), {}, r"expected a \.pth or \.safetensors file"),
         ((tiny_config, source, source), {}, "is the source"),
         ((tiny_config, source, out), dict(weights="ema"), "no average"),
         ((tiny_config, source, out), dict(weights="best"), "weights='best'"),
