@@ -25,7 +25,7 @@ TOOLS = Path(__file__).resolve().parent
 sys.path.insert(0, str(TOOLS.parent))
 PARTS = TOOLS / "benchmarks" / "equal_cost.py"
 SHEETS = Path("data/score_sheets")
-SHEET_OPTIONS = ("--paper", "256", "352", "--long-side", "2048", "--splits", "test", "--limit", "24")
+SHEET_OPTIONS = ("--paper", "256", "352", "--long-side", "2048", "--splits", "train", "test", "--limit", "24")
 SHEET_SIZE, TILE = 2048, 640
 
 
