@@ -35,9 +35,7 @@ COMMANDS = {
     "doctor": Command("print what is installed, what works and what to do", "castling-det doctor"),
     "config": Command("list, print or copy the configs", "castling-det config --list tree-crowns"),
     "check": Command("check data and a config before a training", "castling-det check castling.py", "check_dataset.py"),
-    "train": Command(
-        "train, by MMDetection's train.py", "castling-det train castling.py"
-    ),
+    "train": Command("train, by MMDetection's train.py", "castling-det train castling.py"),
     "test": Command("evaluate, by MMDetection's test.py", "castling-det test deploy.py deploy.pth"),
     "dist": Command("train or test on several GPUs", "castling-det dist 8 train castling.py --amp"),
     "convert": Command(
