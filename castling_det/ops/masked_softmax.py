@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from castling_det.ops.numerics import accumulation_dtype, without_autocast
+from castling_det.ops.numerics import accumulation_dtype, uses_kernels, without_autocast
 
 __all__ = ["MaskedSoftmax", "masked_softmax", "masked_softmax_attention", "masked_softmax_packed"]
 
@@ -50,11 +50,11 @@ def masked_softmax(q: Tensor, k: Tensor, v: Tensor, threshold: float, *, scale: 
     """
     _check_threshold(threshold)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    accumulation = accumulation_dtype(v.dtype)
+    dtype = v.dtype if uses_kernels(v) else accumulation_dtype(v.dtype)
     with without_autocast(v):
         # A tensor, because the threshold changes every iteration and torch.compile makes a graph for every number.
         limit = torch.full((), threshold, dtype=torch.float64)
-        out, kept_mass, count = _forward(q.to(accumulation), k.to(accumulation), v.to(accumulation), limit, scale)
+        out, kept_mass, count, _ = _forward(q.to(dtype), k.to(dtype), v.to(dtype), limit, scale)
     return _result(out.to(v.dtype), kept_mass, count, k.shape[-2])
 
 
@@ -88,13 +88,21 @@ def masked_softmax_attention(
 
 # Registered operators, so that torch.compile and torch.export see each of them as one node.
 @torch.library.custom_op("castling_det::masked_softmax", mutates_args=())
-def _forward(q: Tensor, k: Tensor, v: Tensor, threshold: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Output (B, H, M, V), with heads side by side in memory; kept mass (B, H, M); kept entries, 0-d int64."""
+def _forward(q: Tensor, k: Tensor, v: Tensor, threshold: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Output (B, H, M, V), with heads side by side in memory; kept mass (B, H, M); kept entries, 0-d int64.
+
+    Then what Triton's backward needs of each row, (B, H, M); without kernels it is empty.
+    """
     out = _empty_output(q, v).zero_()
-    kept_mass = v.new_zeros(q.shape[:-1])
+    kept_mass = v.new_zeros(q.shape[:-1], dtype=accumulation_dtype(v.dtype))
     count = torch.zeros((), dtype=torch.long, device=v.device)
     # No probability exceeds 1, though a computed one may by rounding: from a threshold of 1 on nothing is kept.
     limit = float(threshold)
+    if uses_kernels(v):
+        if limit >= 1 or not q.numel() * k.shape[2]:
+            return out, kept_mass, count, torch.zeros_like(kept_mass)
+        kept_mass, kept, lse = _kernels().forward(q, k, v, out, limit, scale)
+        return out, kept_mass, kept.sum(dtype=torch.long), lse
     for heads, rows in _blocks(q, k) if limit < 1 else ():
         sparse_GMN = F.threshold(_probabilities(q[rows] * scale, k[heads]), limit, 0.0, inplace=True)
         mass_GM = sparse_GMN.sum(dim=-1)
@@ -105,7 +113,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, threshold: Tensor, scale: float) -
         out[rows] = sparse_GMN @ v[heads]
         # Thirty times as fast as count_nonzero on a CPU. Float sums of ones are exact for any row that fits in memory.
         count += sparse_GMN.sign_().sum(dim=-1).sum(dtype=torch.long)
-    return out, kept_mass, count
+    return out, kept_mass, count, v.new_empty(0)
 
 
 @torch.library.custom_op("castling_det::masked_softmax_backward", mutates_args=())
@@ -117,12 +125,13 @@ def _backward(
     v: Tensor,
     out: Tensor,
     kept_mass: Tensor,
+    lse: Tensor,
     threshold: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v."""
     gradients = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    _add_gradients(gradients, grad_out, grad_mass, q, k, v, out, kept_mass, threshold, scale)
+    _add_gradients(gradients, grad_out, grad_mass, q, k, v, out, kept_mass, lse, threshold, scale)
     return gradients
 
 
@@ -135,10 +144,15 @@ def _add_gradients(
     v: Tensor,
     out: Tensor,
     kept_mass: Tensor,
+    lse: Tensor,
     threshold: Tensor,
     scale: float,
 ) -> None:
     """Adds to the gradients of q, k and v, which start at zero; computes the probabilities again."""
+    if uses_kernels(v):
+        if float(threshold) < 1 and q.numel() * k.shape[2]:
+            _kernels().backward(gradients, grad_out, grad_mass, (q, k, v), out, kept_mass, lse, float(threshold), scale)
+        return
     grad_q, grad_k, grad_v = gradients
     # The row sums sum_j p_ij dL/dp_ij of softmax's backward follow from the outputs, without N products a row.
     row_sums = (grad_out * out).sum(dim=-1) + grad_mass * kept_mass
@@ -158,8 +172,10 @@ def _add_gradients(
 
 
 @_forward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, threshold: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_output(q, v), v.new_empty(q.shape[:-1]), v.new_empty((), dtype=torch.long)
+def _(q: Tensor, k: Tensor, v: Tensor, threshold: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    mass = v.new_empty(q.shape[:-1], dtype=accumulation_dtype(v.dtype))
+    lse = torch.empty_like(mass) if uses_kernels(v) else v.new_empty(0)
+    return _empty_output(q, v), mass, v.new_empty((), dtype=torch.long), lse
 
 
 @_backward.register_fake
@@ -167,14 +183,14 @@ def _(grad_out: Tensor, grad_mass: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: 
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     q, k, v, threshold, ctx.scale = inputs
-    out, kept_mass, count = output
-    ctx.save_for_backward(q, k, v, out, kept_mass, threshold)
-    ctx.mark_non_differentiable(count)
+    out, kept_mass, count, lse = output
+    ctx.save_for_backward(q, k, v, out, kept_mass, lse, threshold)
+    ctx.mark_non_differentiable(count, lse)
 
 
-def _gradients(ctx: Any, grad_out: Tensor, grad_mass: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+def _gradients(ctx: Any, grad_out: Tensor, grad_mass: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
     gradients: tuple[Tensor, Tensor, Tensor] = _backward(grad_out, grad_mass, *ctx.saved_tensors, ctx.scale)
     return *gradients, None, None
 
@@ -189,9 +205,10 @@ class _Packed(torch.autograd.Function):
     def forward(ctx: Any, qkv: Tensor, threshold: float, scale: float) -> tuple[Tensor, Tensor, Tensor]:
         limit = torch.full((), threshold, dtype=torch.float64)
         with without_autocast(qkv):
-            q, k, v = (x.transpose(1, 2) for x in qkv.to(accumulation_dtype(qkv.dtype)).unbind(2))
-            out, kept_mass, count = _forward(q, k, v, limit, scale)
-        ctx.save_for_backward(qkv, out, kept_mass, limit)
+            dtype = qkv.dtype if uses_kernels(qkv) else accumulation_dtype(qkv.dtype)
+            q, k, v = (x.transpose(1, 2) for x in qkv.to(dtype).unbind(2))
+            out, kept_mass, count, lse = _forward(q, k, v, limit, scale)
+        ctx.save_for_backward(qkv, out, kept_mass, lse, limit)
         ctx.scale = scale
         ctx.mark_non_differentiable(count)
         return out.to(qkv.dtype), kept_mass, count
@@ -199,15 +216,22 @@ class _Packed(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor, grad_mass: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
-        qkv, out, kept_mass, limit = ctx.saved_tensors
-        dtype = kept_mass.dtype
+        qkv, out, kept_mass, lse, limit = ctx.saved_tensors
+        dtype = qkv.dtype if uses_kernels(qkv) else kept_mass.dtype
         with without_autocast(qkv):
             q, k, v = (x.transpose(1, 2) for x in qkv.to(dtype).unbind(2))
             grad_qkv = torch.zeros_like(qkv, dtype=dtype)
             grad_q, grad_k, grad_v = (x.transpose(1, 2) for x in grad_qkv.unbind(2))
             gradients = grad_q, grad_k, grad_v
-            _add_gradients(gradients, grad_out.to(dtype), grad_mass, q, k, v, out, kept_mass, limit, ctx.scale)
+            _add_gradients(gradients, grad_out.to(dtype), grad_mass, q, k, v, out, kept_mass, lse, limit, ctx.scale)
         return grad_qkv.to(qkv.dtype), None, None
+
+
+def _kernels() -> Any:
+    # Imported where they run: Triton is not installed everywhere.
+    from castling_det.ops import triton_masked_softmax
+
+    return triton_masked_softmax
 
 
 def _empty_output(q: Tensor, v: Tensor) -> Tensor:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
-__all__ = ["EPS", "accumulation_dtype", "length_of", "vector_norm", "without_autocast"]
+__all__ = ["EPS", "accumulation_dtype", "length_of", "uses_kernels", "vector_norm", "without_autocast"]
 
 EPS = 1e-12
 """Vectors with a norm up to EPS are left unscaled: they have no direction and are treated as zero."""
@@ -16,6 +19,22 @@ EPS = 1e-12
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """float32 for float16 and bfloat16, else `dtype` itself."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def uses_kernels(tensor: Tensor) -> bool:
+    """Whether Triton's kernels compute for this tensor, rather than plain operations.
+
+    On CUDA and ROCm where Triton is installed, and on a CPU in Triton's interpreter (`TRITON_INTERPRET=1`), unless
+    `CASTLING_DET_PLAIN=1` says otherwise. float64 is always computed by plain operations.
+    """
+    if tensor.dtype == torch.float64 or os.environ.get("CASTLING_DET_PLAIN") == "1":
+        return False
+    return (tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1") and _has_triton()
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
