@@ -27,13 +27,27 @@ import shlex
 import sys
 from pathlib import Path
 
+from PIL import Image, ImageDraw
+
 from castling_det.files import atomic_write
 from castling_det.report.attention_maps import read_pictures
 from castling_det.report.build import build_report, comparison_pictures, read_latency
 from castling_det.report.evaluation import Annotations
-from castling_det.report.gallery import strip
+from castling_det.report.figures import Row
 from castling_det.report.render import markdown, write_report
 from castling_det.report.runs import RunSpec, classes_of
+
+
+def strip(row: Row, titles: tuple[str, str, str]) -> Image.Image:
+    """The three pictures of a row of the gallery beside each other, each under its title."""
+    width, height = row.truth.size
+    head, gap = 24, 8
+    whole = Image.new("RGB", (3 * width + 2 * gap, height + head), "white")
+    for number, (picture, title) in enumerate(zip((row.truth, row.baseline, row.deployed), titles, strict=True)):
+        left = number * (width + gap)
+        ImageDraw.Draw(whole).text((left + 4, 4), title, fill="black", font_size=14)
+        whole.paste(picture, (left, head))
+    return whole
 
 
 def main() -> int:

@@ -14,8 +14,14 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from castling_det.report.bootstrap import draw_images, interval_of, mean_average_precisions
-from castling_det.report.evaluation import Annotations, evaluate_boxes, match_boxes
+from castling_det.report.evaluation import (
+    Annotations,
+    draw_images,
+    evaluate_boxes,
+    interval_of,
+    match_boxes,
+    mean_average_precisions,
+)
 from castling_det.report.records import METRICS, Counts
 from castling_det.report.runs import RunSpec, build_run, classes_of
 from tests.report.coco_sets import Rows, random_set, repeated

@@ -19,7 +19,7 @@ from PIL import Image
 from castling_det.report.attention_maps import AttentionPicture, read_pictures
 from castling_det.report.build import build_report, comparison_pictures
 from castling_det.report.evaluation import Annotations
-from castling_det.report.gallery import Row
+from castling_det.report.figures import Row
 from castling_det.report.records import Report, RunRecord, Series, read_report
 from castling_det.report.render import html_page, write_report
 from castling_det.report.runs import RunSpec
@@ -172,14 +172,11 @@ def hostile(demo: Demo, names: list[str]) -> tuple[Report, list[Row]]:
             metrics_source=second,
         )  # fmt: skip
 
-    comparison = demo.report.comparison
-    assert comparison is not None
     failed = dataclasses.replace(make_run("x", 0, None), reason=f"it {third}")
     report = dataclasses.replace(
         demo.report, runs=(*map(renamed, demo.report.runs), failed), baseline=baseline, deployed=deployed,
         dataset=f"data {third}", created_by=f"tools/report.py {first}", differences=(),
         machine=dataclasses.replace(demo.report.machine, cpu=f"cpu {second}"),
-        comparison=dataclasses.replace(comparison, baseline=baseline, deployed=deployed),
     )  # fmt: skip
     return report, [
         row._replace(image=dataclasses.replace(row.image, file_name=name))

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 
 from castling_det.report.build import build_report, read_latency
-from castling_det.report.compare import summaries
 from castling_det.report.evaluation import Annotations
-from castling_det.report.records import RunRecord, Series, read_report
+from castling_det.report.records import RunRecord, Series, read_report, summaries
 from castling_det.report.render import headline, html_page, markdown, write_report
 from castling_det.report.runs import RunSpec, final_loss
 from tests.report.conftest import Demo
@@ -44,18 +43,19 @@ def test_the_markdown_holds_the_table(demo: Demo) -> None:
 
 def test_differences_are_paired_by_seed() -> None:
     scores = (("softmax", 0, 0.2), ("softmax", 1, 0.4), ("deploy", 1, 0.45), ("deploy", 0, 0.23))
-    difference = summaries(make_report(*(make_run(*score) for score in scores)))[1].difference
+    difference = summaries(make_report(*(make_run(*score) for score in scores)))[1].differences["mAP"]
     assert difference is not None and difference.mean == pytest.approx(0.04)
     assert difference.std == pytest.approx(0.01414, rel=1e-3)
     without_seeds = make_report(*(make_run(name, None, mAP) for name, _, mAP in scores))
-    difference = summaries(without_seeds)[1].difference
+    difference = summaries(without_seeds)[1].differences["mAP"]
     assert difference is not None and difference.mean == pytest.approx(0.04) and difference.std is None
 
 
 def test_a_mean_that_would_leave_a_seed_out_is_not_given() -> None:
     lacking = make_run("deploy", 1, 0.4, metrics={"mAP": 0.4, "mAP50": None})
     report = make_report(make_run("softmax", 0, 0.2), make_run("deploy", 0, 0.3), lacking)
-    assert set(summaries(report)[1].metrics) == {"mAP"} and cells(headline(report))["deploy"][3] == "-"
+    spreads = summaries(report)[1].spreads
+    assert spreads["mAP"] and spreads["mAP50"] is None and cells(headline(report))["deploy"][3] == "-"
 
 
 def test_one_seed_has_no_spread() -> None:

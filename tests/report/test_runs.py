@@ -10,9 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from castling_det.report.bootstrap import draw_images, mean_average_precisions
 from castling_det.report.build import build_report, with_costs
-from castling_det.report.evaluation import Annotations
+from castling_det.report.evaluation import Annotations, draw_images, mean_average_precisions
 from castling_det.report.records import Counts, Report
 from castling_det.report.render import html_page, markdown
 from castling_det.report.runs import RunSpec, build_run
@@ -184,10 +183,10 @@ def test_a_detector_that_cannot_be_counted_keeps_its_scores_and_says_so(tmp_path
     write_test(tmp_path / "test", mAP=0.2)
     config = next((tmp_path / "test").glob("*/vis_data/config.py"))
     config.write_text(config.read_text().replace('type="FPN"', 'type="NoSuchNeck"'))
-    run = with_costs(build_run(RunSpec("a", tmp_path)), (64, 64), {}, {})
+    run = with_costs(build_run(RunSpec("a", tmp_path)), (64, 64), {})
     assert run.ok and "cannot be built" in run.notes[0] and "NoSuchNeck" in run.notes[0]
     config.write_text(config.read_text().replace('type="NoSuchNeck"', 'type="FPN"'))
-    run = with_costs(build_run(RunSpec("a", tmp_path)), (0, 64), {}, {})
+    run = with_costs(build_run(RunSpec("a", tmp_path)), (0, 64), {})
     assert run.ok and run.gmacs is None and "shape=(0, 64)" in run.notes[0]
     report = make_report(dataclasses.replace(run, name="softmax"), dataclasses.replace(run, name="deploy"))
     for text in (markdown(report), html_page(report)):
