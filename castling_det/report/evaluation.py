@@ -31,18 +31,15 @@ Box = tuple[Pixels, Pixels, Pixels, Pixels]
 """x, y, width, height, as in COCO's files."""
 
 
-class Image(TypedDict):
-    """An image of an annotation file; keys that are not named here are left out."""
-
+# What is read of COCO's files. Without `area`, the box's own counts; boxes with `iscrowd` are neither found nor missed.
+class _Image(TypedDict):
     id: Id
     file_name: str
     height: NotRequired[float | None]
     width: NotRequired[float | None]
 
 
-class Annotation(TypedDict):
-    """Without `area`, the box's own counts. Boxes with `iscrowd` are neither found nor missed."""
-
+class _Annotation(TypedDict):
     image_id: Id
     category_id: Id
     bbox: Box
@@ -50,24 +47,18 @@ class Annotation(TypedDict):
     iscrowd: NotRequired[int | bool | None]
 
 
-class Category(TypedDict):
-    """One category."""
-
+class _Category(TypedDict):
     id: Id
     name: str
 
 
-class Document(TypedDict):
-    """COCO annotations."""
-
-    images: list[Image]
-    annotations: list[Annotation]
-    categories: list[Category]
+class _Document(TypedDict):
+    images: list[_Image]
+    annotations: list[_Annotation]
+    categories: list[_Category]
 
 
-class Result(TypedDict):
-    """One box of a COCO results file."""
-
+class _Result(TypedDict):
     image_id: Id
     category_id: Id
     bbox: Box
@@ -83,12 +74,12 @@ class Annotations:
 
     def __init__(self, path: Path, *, description: str | None = None, classes: Collection[str] | None = None) -> None:
         self.path = path
-        self.document = read_json(path, Document, "a COCO annotation file")
+        self.document = read_json(path, _Document, "a COCO annotation file")
         if classes is not None:
             kept = [row for row in self.document["categories"] if row["name"] in classes]
             ids = {row["id"] for row in kept}
             boxes = [row for row in self.document["annotations"] if row["category_id"] in ids]
-            self.document = Document(images=self.document["images"], categories=kept, annotations=boxes)
+            self.document = _Document(images=self.document["images"], categories=kept, annotations=boxes)
         """The file's content, not to be changed."""
         images, boxes = self.document["images"], self.document["annotations"]
         self._ids = {
@@ -107,9 +98,9 @@ class Annotations:
         count = sum(not row.get("iscrowd") for row in boxes)
         self.description = description or f"{path}: {len(images)} images, {count} boxes"
 
-    def results(self, path: Path) -> list[Result]:
+    def results(self, path: Path) -> list[_Result]:
         """The boxes of a COCO results file, on images and of categories of this file; else ValueError."""
-        rows = read_json(path, list[Result], "a COCO results file, a list of boxes")
+        rows = read_json(path, list[_Result], "a COCO results file, a list of boxes")
         self._check(path, rows, "give the annotation file that was tested on")
         return rows
 

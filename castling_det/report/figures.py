@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path, PurePath
 from typing import Any, Literal, NamedTuple
@@ -104,25 +104,14 @@ def label_of(text: str) -> str:
     return f" {shown}" if shown.startswith("_") else shown
 
 
-def accuracy_over_cost(report: Report) -> str | None:
-    """mAP over GMACs."""
-    return _accuracy_over(report, lambda run: run.gmacs, _cost_label(report))
-
-
-def accuracy_over_latency(report: Report) -> str | None:
-    """mAP over median latency."""
-    shapes = {run.latency.input_shape for run in report.runs if run.latency is not None}
-    at = " at {} x {} pixels".format(*shapes.pop()) if len(shapes) == 1 else ""
-    label = f"latency of one image{at}, p50, ms"
-    return _accuracy_over(report, lambda run: run.latency.p50_ms if run.latency else None, label)
-
-
 @_styled
-def _accuracy_over(report: Report, cost: Callable[[RunRecord], float | None], label: str) -> str | None:
-    """A small mark a seed, a large one the mean."""
+def accuracy_over(report: Report, cost: Literal["gmacs", "latency"]) -> str | None:
+    """mAP over multiply-adds or median latency: a small mark a seed, a large one the mean."""
     axes, costs = _new_axes(), list[float]()
     for index, summary in enumerate(summaries(report)):
-        pairs = [(cost(run), run.metrics.get("mAP")) for run in summary.runs if run.ok]
+        runs = [run for run in summary.runs if run.ok]
+        spent = [run.gmacs if cost == "gmacs" else run.latency and run.latency.p50_ms for run in runs]
+        pairs = zip(spent, (run.metrics.get("mAP") for run in runs), strict=True)
         points = [(x, y) for x, y in pairs if x is not None and y is not None]
         if not points:
             continue
@@ -139,6 +128,7 @@ def _accuracy_over(report: Report, cost: Callable[[RunRecord], float | None], la
         return None
     axes.set_xlim(right=1.12 * max(costs))
     axes.margins(y=0.25)
+    label = _cost_label(report) if cost == "gmacs" else "latency of one image, p50, ms"
     return _svg(axes, x=label, y="mAP, in [0, 1]")
 
 

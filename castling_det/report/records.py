@@ -195,8 +195,8 @@ class RunRecord:
 
     @property
     def figures(self) -> dict[str, float | None]:
-        """What seeds are compared by: the metrics, and the final loss as `"loss"`."""
-        return {**self.metrics, "loss": self.final_loss}
+        """What is averaged over seeds: metrics, `"loss"` at the end, `"seconds"` of training."""
+        return {**self.metrics, "loss": self.final_loss, "seconds": self.train_seconds}
 
 
 @dataclass(frozen=True)
@@ -273,7 +273,7 @@ def summaries(report: Report) -> list[Summary]:
         runs = report.runs_named(name)
         good = [run for run in runs if run.ok]
         others = [] if name == report.baseline else good
-        spreads = {key: _spread_of(run.figures.get(key) for run in good) for key in (*METRICS, "loss")}
+        spreads = {key: _spread_of(run.figures.get(key) for run in good) for key in (*METRICS, "loss", "seconds")}
         differences = {key: _difference(others, baseline, key) for key in spreads}
         result.append(Summary(name, runs, [*good, *runs][0], len(good), spreads, differences))
     return result

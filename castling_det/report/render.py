@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import statistics
 import textwrap
 from collections.abc import Sequence
 from datetime import timedelta
@@ -19,7 +18,6 @@ from castling_det.report.records import (
     Report,
     RunRecord,
     Spread,
-    Summary,
     printable,
     summaries,
     unique,
@@ -145,7 +143,9 @@ def _table(report: Report, brief: bool) -> tuple[list[str], list[list[str]]]:
     runs = [summary.first for summary in found]  # for all that does not depend on the seed
     latencies = [run.latency for run in runs]
     shape = next((run.input_shape for run in report.runs if run.input_shape is not None), None)
-    columns = {"run": [s.name for s in found], "seeds": [_seeds(s) for s in found]}
+    failed = [len(s.runs) - s.seeds for s in found]
+    columns = {"run": [s.name for s in found]}
+    columns["seeds"] = [f"{s.seeds} (FAILED: {n})" if n else str(s.seeds) for s, n in zip(found, failed, strict=True)]
     columns["mAP"] = [_text(s.spreads["mAP"]) for s in found]
     columns[f"mAP - {report.baseline}"] = [
         "baseline" if s.name == report.baseline else _text(s.differences["mAP"], "+") for s in found
@@ -159,7 +159,7 @@ def _table(report: Report, brief: bool) -> tuple[list[str], list[list[str]]]:
     columns["GMACs" + (" at {}x{}".format(*shape) if shape else "")] = [_number(run.gmacs, ".3f") for run in runs]
     columns["latency p50 (ms)"] = [_number(timed.p50_ms if timed else None, ".1f") for timed in latencies]
     columns["peak memory (MiB)"] = [_number(timed.peak_mib if timed else None, ".1f") for timed in latencies]
-    columns["training (h:m:s)"] = [_training(s) for s in found]
+    columns["training (h:m:s)"] = [_duration(s.spreads["seconds"] and s.spreads["seconds"].mean) for s in found]
     details = {*METRICS[3:], "peak memory (MiB)", "training (h:m:s)"}
     for title in (*details, "latency p50 (ms)"):
         if (brief and title in details) or set(columns[title]) == {"-"}:
@@ -173,16 +173,6 @@ def _text(spread: Spread | None, sign: str = "") -> str:
 
 def _number(value: float | None, form: str) -> str:
     return format(value, form) if value is not None else "-"
-
-
-def _seeds(summary: Summary) -> str:
-    failed = len(summary.runs) - summary.seeds
-    return f"{summary.seeds} (FAILED: {failed})" if failed else str(summary.seeds)
-
-
-def _training(summary: Summary) -> str:
-    seconds = [run.train_seconds for run in summary.runs if run.ok and run.train_seconds is not None]
-    return _duration(statistics.mean(seconds)) if seconds else "-"
 
 
 def _duration(seconds: float | None) -> str:
