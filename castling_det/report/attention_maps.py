@@ -170,14 +170,6 @@ def read_picture(path: str | Path) -> AttentionPicture:
     return AttentionPicture(image, str(caption))
 
 
-def read_pictures(path: Path) -> list[AttentionPicture]:
-    """The picture in a PNG of tools/attention.py, or those of all PNGs in a folder, by name; else ValueError."""
-    files = sorted(path.glob("*.png")) if path.is_dir() else [path]
-    if not path.exists() or not files:
-        raise ValueError(f"--attention {path}: no such file, or no .png in the folder; tools/attention.py writes them")
-    return [read_picture(file) for file in files]
-
-
 class Panel(NamedTuple):
     """Weights over the keys' grid, NaN where only the image shows, and the ends of their colour scale."""
 

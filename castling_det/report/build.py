@@ -31,7 +31,6 @@ from castling_det.report.records import (
     MaskOccupancy,
     Report,
     RunRecord,
-    read_json,
     this_machine,
     unique,
 )
@@ -117,15 +116,6 @@ def comparison_pictures(report: Report, annotations: Annotations, images: Path, 
     if report.comparison is None:
         return []
     return gallery(report.comparison, annotations, images, _matched(report, annotations), count)
-
-
-def read_latency(path: Path) -> dict[str, Latency]:
-    """Latencies by name of the run, from `{"latency": {NAME: {p50_ms, ...}}}`; ValueError names file and field."""
-    form = '{"latency": {NAME: {"p50_ms": ..., "threads": ..., "device": ..., "input_shape": [H, W]}}}'
-    rows = read_json(path, dict[str, dict[str, Latency]], form).get("latency")
-    if rows is None:
-        raise ValueError(f"{path}: expected {form}")
-    return {name: replace(row, source=str(path)) for name, row in rows.items()}
 
 
 def _predictions_by_seed(runs: Iterable[RunRecord], name: str) -> dict[int | None, list[Path]]:
