@@ -21,7 +21,7 @@ from castling_det.config import load_config
 from castling_det.layers import CastlingAttention
 from castling_det.report.complexity import count_macs, detector_complexity
 from tests.report.conftest import Tool
-from tests.report.samples import write_test
+from tests.report.samples import CONFIG, write_test
 from tools.complexity import macs_by_part
 
 ROOT = Path(__file__).parents[2]
@@ -150,52 +150,27 @@ def test_calls_add_up_and_nothing_is_left_behind() -> None:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def _gfl(attention: str | None) -> Config:
-    """A tiny GFL: ResNet-18 and FPN, or CastlingViT."""
-    backbone: dict[str, Any] = dict(type="ResNet", depth=18, out_indices=(1, 2, 3), num_stages=4)
-    channels = [128, 256, 512]
-    if attention is not None:
-        backbone = dict(
-            type="castling_det.CastlingViT", embed_dims=32, depth=2, num_heads=2, patch_size=16, img_size=64,
-            attention=attention,
-        )  # fmt: skip
-        channels = [32]
-    strides = [8, 16, 32] if attention is None else [16]
-    anchors = dict(type="AnchorGenerator", ratios=[1.0], octave_base_scale=8, scales_per_octave=1, strides=strides)
-    head = dict(
-        type="GFLHead", num_classes=2, in_channels=16, feat_channels=16, stacked_convs=1, reg_max=4,
-        norm_cfg=dict(type="GN", num_groups=4), anchor_generator=anchors,
-        loss_cls=dict(type="QualityFocalLoss", use_sigmoid=True, beta=2.0, loss_weight=1.0),
-    )  # fmt: skip
-    model = dict(
-        type="GFL",
-        data_preprocessor=dict(type="DetDataPreprocessor", pad_size_divisor=32),
-        backbone=backbone,
-        neck=dict(type="FPN", in_channels=channels, out_channels=16, num_outs=len(channels)),
-        bbox_head=head,
-        test_cfg=dict(),
-    )
-    return Config(dict(model=model))
+def _tiny(attention: str) -> Config:
+    return Config.fromstring(CONFIG.format(seed=0, load_from=None, attention=attention), ".py")
 
 
-@pytest.mark.parametrize("attention", [None, "softmax", "linear", "castling"])
-def test_a_detector_equals_the_counter(attention: str | None) -> None:
+@pytest.mark.parametrize("attention", ["softmax", "linear", "castling"])
+def test_a_detector_equals_the_counter(attention: str) -> None:
     from mmdet.registry import MODELS
 
-    config = _gfl(attention)
+    config = _tiny(attention)
     found = detector_complexity(config, (64, 90), name="tiny")
     assert found.padded_shape == (64, 96)
     model = MODELS.build(config.model)
     assert found.macs == _counter_macs(model, torch.randn(1, 3, 64, 96), None, mode="tensor")
     assert math.isclose(found.gmacs, found.macs / 1e9)
     assert found.params == sum(found.params_by_part.values()) == sum(p.numel() for p in model.parameters())
-    assert set(macs_by_part(found)) == set(found.params_by_part) == {"backbone", "neck", "bbox_head"}
-    assert sum(macs_by_part(found).values()) == sum(found.macs_by_kind.values()) == found.macs
-    assert found.macs_by_kind["head"] == macs_by_part(found)["bbox_head"]
-    if attention is not None:
-        tokens, dim, depth = 4 * 6, 32, 2
-        assert found.macs_by_kind["attention"] == depth * 2 * tokens * dim * (tokens if attention == "softmax" else 16)
-        assert found.macs_by_kind["mlp"] == depth * 2 * tokens * dim * 4 * dim
+    parts, kinds = macs_by_part(found), found.macs_by_kind
+    assert set(parts) == set(found.params_by_part) == {"backbone", "neck", "bbox_head"}
+    assert sum(parts.values()) == sum(kinds.values()) == found.macs and kinds["head"] == parts["bbox_head"]
+    tokens, dim, depth = 4 * 6, 32, 2
+    assert kinds["attention"] == depth * 2 * tokens * dim * (tokens if attention == "softmax" else 16)
+    assert kinds["mlp"] == depth * 2 * tokens * dim * 4 * dim
 
 
 def test_the_callers_config_is_left_alone() -> None:
@@ -207,13 +182,13 @@ def test_the_callers_config_is_left_alone() -> None:
     assert first == second and json.dumps(config.model.to_dict()) == before
 
 
-def test_bad_shapes_and_configs_are_named(tmp_path: Path) -> None:
+def test_bad_shapes_and_configs_are_named() -> None:
+    config = _tiny("linear")
     with pytest.raises(ValueError, match=r"shape=\(0, 64\)"):
-        detector_complexity(_gfl(None), (0, 64))
-    broken = _gfl(None)
-    broken.model.backbone.type = "Nothing"
+        detector_complexity(config, (0, 64))
+    config.model.backbone.type = "Nothing"
     with pytest.raises(ValueError, match=r"model of tiny: cannot be built: .*Nothing"):
-        detector_complexity(broken, (64, 64), name="tiny")
+        detector_complexity(config, (64, 64), name="tiny")
 
 
 def test_the_tool(tool: Tool, tmp_path: Path) -> None:

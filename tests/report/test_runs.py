@@ -85,10 +85,6 @@ def test_a_results_file_of_other_data_is_a_failed_row(tmp_path: Path) -> None:
         assert [run.name for run in report.failed] == ["b"]
         assert f"{field.removesuffix('_id')} ids [{value}] are not in" in str(report.failed[0].reason)
         assert "b: FAILED" in markdown(report)
-    bad.write_text('[{"image_id": 1}]')
-    assert "missing required field `category_id`" in str(
-        build_run(RunSpec.parse(f"b={bad}"), annotations=annotations).reason
-    )
     lost = build_run(RunSpec.parse(f"b={tmp_path / 'none.json'}"), annotations=annotations)
     assert "none.json: not readable as a COCO results file" in str(lost.reason)
     assert "need the annotations" in str(build_run(RunSpec.parse(f"b={good}")).reason)
@@ -202,21 +198,11 @@ def test_a_run_argument() -> None:
     assert RunSpec.parse("a=b").test == Path("b/test")
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "a",
-        "=b",
-        "a=",
-        "a=b,tests=t",
-        "a=b,test",
-        "a=b,test=",
-        "a=b,seed=x",
-        "a=b,seed=²",
-        "a=b,seed=1,seed=2",
-        "a=b.pth,checkpoint=c",
-    ],
-)
+WRONG = ["a", "=b", "a=", "a=b,tests=t", "a=b,test", "a=b,test=", "a=b,seed=x", "a=b,seed=²", "a=b,seed=1,seed=2",
+         "a=b.pth,checkpoint=c"]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", WRONG)
 def test_a_wrong_run_argument_is_named(text: str) -> None:
     with pytest.raises(ValueError, match="--run"):
         RunSpec.parse(text)
