@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+from collections import Counter
 
 from mmengine.config import DictAction
 
@@ -13,9 +14,17 @@ from castling_det.files import write_json
 from castling_det.report.complexity import Complexity, detector_complexity
 
 
+def macs_by_part(found: Complexity) -> dict[str, int]:
+    """Multiply-adds by the first component of the modules' names, such as `backbone`."""
+    parts: Counter[str] = Counter()
+    for name, kinds in found.modules.items():
+        parts[name.split(".")[0]] += sum(kinds.values())
+    return dict(parts)
+
+
 def table(found: Complexity, *, by_module: bool) -> str:
     """Parameters and GMACs by part and by kind, and by module if asked, as aligned text."""
-    sections = {"by part": found.macs_by_part, "by kind": found.macs_by_kind}
+    sections = {"by part": macs_by_part(found), "by kind": found.macs_by_kind}
     if by_module:
         sections["by module"] = {name: sum(kinds.values()) for name, kinds in found.modules.items()}
     sections["by part"] = dict.fromkeys(found.params_by_part, 0) | sections["by part"]
@@ -69,8 +78,8 @@ def main() -> int:
         return 1
     print(table(found, by_module=arguments.modules))
     if arguments.json:
-        totals = {name: getattr(found, name) for name in ("macs", "gmacs", "macs_by_part", "macs_by_kind")}
-        write_json(arguments.json, totals | dataclasses.asdict(found))
+        totals = {name: getattr(found, name) for name in ("macs", "gmacs", "macs_by_kind")}
+        write_json(arguments.json, totals | {"macs_by_part": macs_by_part(found)} | dataclasses.asdict(found))
     return 0
 
 

@@ -25,15 +25,48 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+from PIL import Image, ImageDraw
+
 from castling_det.files import atomic_write
-from castling_det.report.attention_maps import read_pictures
-from castling_det.report.build import build_report, comparison_pictures, read_latency
+from castling_det.report.attention_maps import AttentionPicture, read_picture
+from castling_det.report.build import build_report, comparison_pictures
 from castling_det.report.evaluation import Annotations
-from castling_det.report.gallery import strip
+from castling_det.report.figures import Row
+from castling_det.report.records import Latency, read_json
 from castling_det.report.render import markdown, write_report
 from castling_det.report.runs import RunSpec, classes_of
+
+
+def read_latency(path: Path) -> dict[str, Latency]:
+    """Latencies by name of the run, from `{"latency": {NAME: {p50_ms, ...}}}`; ValueError names file and field."""
+    form = '{"latency": {NAME: {"p50_ms": ..., "threads": ..., "device": ..., "input_shape": [H, W]}}}'
+    rows = read_json(path, dict[str, dict[str, Latency]], form).get("latency")
+    if rows is None:
+        raise ValueError(f"{path}: expected {form}")
+    return {name: replace(row, source=str(path)) for name, row in rows.items()}
+
+
+def read_pictures(path: Path) -> list[AttentionPicture]:
+    """The picture in a PNG of tools/attention.py, or those of all PNGs in a folder, by name; else ValueError."""
+    files = sorted(path.glob("*.png")) if path.is_dir() else [path]
+    if not path.exists() or not files:
+        raise ValueError(f"--attention {path}: no such file, or no .png in the folder; tools/attention.py writes them")
+    return [read_picture(file) for file in files]
+
+
+def strip(row: Row, titles: tuple[str, str, str]) -> Image.Image:
+    """The three pictures of a row of the gallery beside each other, each under its title."""
+    width, height = row.truth.size
+    head, gap = 24, 8
+    whole = Image.new("RGB", (3 * width + 2 * gap, height + head), "white")
+    for number, (picture, title) in enumerate(zip((row.truth, row.baseline, row.deployed), titles, strict=True)):
+        left = number * (width + gap)
+        ImageDraw.Draw(whole).text((left + 4, 4), title, fill="black", font_size=14)
+        whole.paste(picture, (left, head))
+    return whole
 
 
 def main() -> int:

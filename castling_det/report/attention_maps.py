@@ -6,7 +6,7 @@ Shape suffixes as in `castling_det.ops`; R rows are those of the chosen query to
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from castling_det.config import network_shape
 from castling_det.files import atomic_write
-from castling_det.layers import HeadInputs, MaskedAttention, attention_layers
+from castling_det.layers import HeadInputs, MaskedAttention, MaskState, attention_layers
 from castling_det.ops import naive
 
 _CAPTION_KEY = "Description"  # the PNG specification's own keyword
@@ -94,10 +94,6 @@ class Capture:
         row, column = int(y * self.shape[0] / height / cell), int(x * self.shape[1] / width / cell)
         return min(row, self.inputs.query_hw[0] - 1), min(column, self.inputs.query_hw[1] - 1)
 
-    def threshold_text(self, threshold: float) -> str:
-        """A threshold with its unit."""
-        return f"{threshold:.3g}/N" if self.layer.mask_state.threshold_unit == "uniform" else f"{threshold:.3g}"
-
 
 @torch.no_grad()
 def capture(
@@ -108,6 +104,9 @@ def capture(
     `layer` is a name of `attention_layers`, the last by default; `meta` is the checkpoint's. ValueError for another
     layer, one that attends in windows, or an image that cannot be read.
     """
+    from castling_det.conversion.mask_proof import Probes
+    from castling_det.engine import META_KEY
+
     layers = attention_layers(model)
     name = next(reversed(layers), "") if layer is None else layer
     if name not in layers:
@@ -118,31 +117,21 @@ def capture(
             picture = opened.convert("RGB")
     except OSError as error:
         raise ValueError(f"image {image}: cannot be read: {error}") from error
-    batch, seen = _prepared(config, model, image), list[Any]()
+    shape, seen = network_shape(config, (picture.height, picture.width)), list[Any]()
+    (prepared,) = Probes((Path(image),), 1, shape).loaded(config)
+    batch = model.data_preprocessor(prepared, False)["inputs"]
     handle = layers[name].register_forward_pre_hook(lambda _, arguments: seen.append(arguments))
     model.backbone(batch)
     handle.remove()
     x, hw = seen[0][0], (int(seen[0][1][0]), int(seen[0][1][1]))
     if x.shape[0] != 1:
         raise ValueError(f"layer={name!r}: attends in {x.shape[0]} windows, not over the map; take a global layer")
-    mask, note = ((meta or {}).get("castling_det") or {}).get("mask"), ""
+    mask, note = ((meta or {}).get(META_KEY) or {}).get("mask"), ""
     if mask is not None:
         state = "is empty" if mask.get("empty") else f"stood at {mask['threshold']:.4g} ({mask['threshold_unit']})"
         note = f"The checkpoint's own mask {state}."
-    shape = network_shape(config, (picture.height, picture.width))
     stride = _stride(model.backbone, (batch.shape[-2], batch.shape[-1]), hw)
     return Capture(name, layers[name], layers[name].head_inputs(x, hw), hw, stride, picture, shape, note)
-
-
-def _prepared(config: Any, model: Any, image: str | Path) -> Tensor:
-    from mmcv.transforms import Compose
-    from mmdet.utils import get_test_pipeline_cfg
-    from mmengine.dataset import pseudo_collate
-
-    steps = [step for step in get_test_pipeline_cfg(config) if "Annotations" not in str(step["type"])]
-    data = Compose(steps)({"img_path": str(image), "img_id": 0})
-    inputs: Tensor = model.data_preprocessor(pseudo_collate([data]), False)["inputs"]
-    return inputs
 
 
 def _stride(backbone: Any, input_hw: tuple[int, int], hw: tuple[int, int]) -> int:
@@ -181,14 +170,6 @@ def read_picture(path: str | Path) -> AttentionPicture:
     return AttentionPicture(image, str(caption))
 
 
-def read_pictures(path: Path) -> list[AttentionPicture]:
-    """The picture in a PNG of tools/attention.py, or those of all PNGs in a folder, by name; else ValueError."""
-    files = sorted(path.glob("*.png")) if path.is_dir() else [path]
-    if not path.exists() or not files:
-        raise ValueError(f"--attention {path}: no such file, or no .png in the folder; tools/attention.py writes them")
-    return [read_picture(file) for file in files]
-
-
 class Panel(NamedTuple):
     """Weights over the keys' grid, NaN where only the image shows, and the ends of their colour scale."""
 
@@ -219,17 +200,21 @@ def attention_picture(
     tokens = [captured.query_at(point) for point in points]
     queries = [inputs.num_prefix_tokens + row * inputs.query_hw[1] + column for row, column in tokens]
     weights = branch_weights(captured.layer, inputs, captured.hw, queries=queries)
-    limits = list(thresholds) or [captured.layer.mask_state.threshold]
-    panels = [_panels(captured, weights, limits, index, head) for index in range(len(tokens))]
-    return AttentionPicture(_draw(captured, tokens, panels), _caption(captured, points, tokens, weights, limits, head))
+    own = captured.layer.mask_state
+    masks = [replace(own, threshold=threshold) for threshold in thresholds] or [own]
+    panels = [_panels(captured, weights, masks, index, head) for index in range(len(tokens))]
+    return AttentionPicture(_draw(captured, tokens, panels), _caption(captured, points, tokens, weights, masks, head))
+
+
+def _threshold(mask: MaskState) -> str:
+    return f"{mask.threshold:.3g}/N" if mask.threshold_unit == "uniform" else f"{mask.threshold:.3g}"
 
 
 def _panels(
-    captured: Capture, weights: BranchWeights, limits: Sequence[float], index: int, head: int | None
+    captured: Capture, weights: BranchWeights, masks: Sequence[MaskState], index: int, head: int | None
 ) -> list[Panel]:
     """The panels of one token."""
-    layer, inputs = captured.layer, captured.inputs
-    num_keys = inputs.k.shape[2]
+    inputs, num_keys = captured.inputs, captured.inputs.k.shape[2]
 
     def over_heads(values_BHN: Tensor) -> NDArray[np.float64]:
         return np.asarray(values_BHN[0].mean(dim=0) if head is None else values_BHN[0, head])
@@ -242,7 +227,7 @@ def _panels(
     )
     top, unit = float(on_map(p_BHN).max()), f"probability; 1/N = {1 / num_keys:.2g}"
     panels = [Panel("softmax", on_map(p_BHN), 0.0, top, unit)]
-    if layer.options.normalizer == "kernel":
+    if captured.layer.options.normalizer == "kernel":
         shown = on_map(linear_BHN / divisor_BH1)
         panels.append(Panel("linear-angular", shown, shown.min(), shown.max(), f"weight; 1/N = {1 / num_keys:.2g}"))
     else:
@@ -251,10 +236,10 @@ def _panels(
         limit, length = float(np.percentile(np.abs(shown), 99.5)), float(over_heads(divisor_BH1)[0])
         title = f"linear-angular\nl2 norm divides by {length:.3g}"
         panels.append(Panel(title, shown, -limit, limit, "cos/pi (+ 1/2 at own place)"))
-    for threshold in limits:
-        kept = p_BHN > (threshold / num_keys if layer.mask_state.threshold_unit == "uniform" else threshold)
+    for mask in masks:
+        kept = p_BHN > mask.absolute(num_keys)
         fraction, mass = over_heads(kept.double()).mean(), over_heads(p_BHN * kept).sum()
-        title = f"mask at {captured.threshold_text(threshold)}\nkeeps {fraction:.1%}, mass {mass:.2f}"
+        title = f"mask at {_threshold(mask)}\nkeeps {fraction:.1%}, mass {mass:.2f}"
         shown = on_map(p_BHN * kept)
         panels.append(Panel(title, np.where(shown > 0, shown, np.nan), 0.0, top, unit))
     return panels
@@ -306,7 +291,7 @@ def _caption(
     points: Sequence[tuple[float, float]],
     tokens: Sequence[tuple[int, int]],
     weights: BranchWeights,
-    limits: Sequence[float],
+    masks: Sequence[MaskState],
     head: int | None,
 ) -> str:
     layer, inputs = captured.layer, captured.inputs
@@ -325,7 +310,7 @@ def _caption(
         f"The outlined token is the query: {places} of its grid.",
         f"Softmax: its probabilities over the keys, {'without' if inputs.bias is None else 'with'} position biases.",
         f"Linear-angular: {linear[layer.options.normalizer]}",
-        f"Mask: the probabilities above {', '.join(map(captured.threshold_text, limits))}, in the colours of softmax; "
+        f"Mask: the probabilities above {', '.join(map(_threshold, masks))}, in the colours of softmax; "
         "above stand the share of the keys and the probability that they hold.",
         captured.mask_note,
     ]

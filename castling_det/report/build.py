@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 
+import numpy as np
+
 from castling_det.config import load_config, network_shape
-from castling_det.report.bootstrap import differences, predictions_by_seed
+from castling_det.files import sha256_of
 from castling_det.report.complexity import Complexity, detector_complexity
-from castling_det.report.evaluation import Annotations, Found, match_boxes
-from castling_det.report.gallery import Row, gallery
+from castling_det.report.evaluation import (
+    CONFIDENCE,
+    Annotations,
+    Floats,
+    Found,
+    draw_images,
+    interval_of,
+    match_boxes,
+    mean_average_precisions,
+)
+from castling_det.report.figures import Row, gallery
 from castling_det.report.records import (
     Comparison,
+    Difference,
     ImageComparison,
     Latency,
     MaskOccupancy,
     Report,
     RunRecord,
-    read_json,
     this_machine,
+    unique,
 )
 from castling_det.report.runs import RunSpec, build_run
 
@@ -68,60 +80,89 @@ def build_report(
         runs=tuple(run if run is drawn else replace(run, mask=MaskOccupancy(run.mask.empty_from)) for run in runs),
     )
     # After the report has said whether the names are those of runs: this takes its time.
-    intervals = differences(runs, annotations, baseline=baseline, resamples=resamples, bootstrap_seed=bootstrap_seed)
+    intervals = _differences(runs, annotations, baseline=baseline, resamples=resamples, bootstrap_seed=bootstrap_seed)
     report = replace(report, differences=intervals)
-    theirs, ours = (predictions_by_seed(runs, name) for name in (baseline, deployed))
+    theirs, ours = (_predictions_by_seed(runs, name) for name in (baseline, deployed))
     seeds = [seed for seed in theirs if seed in ours]
     if not seeds:
         return report
-    comparison = Comparison(baseline, deployed, seeds[0], score_threshold, IOU, images=())
-    found = _matched(comparison, runs, annotations)
+    report = replace(report, comparison=Comparison(seeds[0], score_threshold, IOU, images=()))
+    found = _matched(report, annotations)
     images = [
         ImageComparison(image, name, *(boxes.get(image, Found()).counts for boxes in found))
         for image, name in annotations.file_names.items()
     ]
     # Largest differences first; of equal ones, images on which the deployed detector is worse.
     images.sort(key=lambda image: (-abs(image.f1_difference), image.f1_difference, image.file_name))
-    return replace(report, comparison=replace(comparison, images=tuple(images)))
+    return replace(report, comparison=Comparison(seeds[0], score_threshold, IOU, tuple(images)))
 
 
 def with_costs(run: RunRecord, shape: tuple[int, int] | None, counted: dict[str, Complexity]) -> RunRecord:
     """The run with multiply-adds at `shape`, counted once for each model."""
-    if run.config is None:
+    if run.config is None or shape is None:
         return run
-    config, notes, key = load_config(run.config), list(run.notes), ""
+    config = load_config(run.config)
+    key = repr(config.model)
     try:
-        if shape is not None:
-            key = repr(config.model)
-            counted[key] = counted.get(key) or detector_complexity(config, shape, name=run.config)
+        found = counted[key] = counted.get(key) or detector_complexity(config, shape, name=run.config)
     except ValueError as error:
-        notes.append(f"parameters and multiply-adds are not known: {error}")
-    if (found := counted.get(key)) is not None:
-        by_kind = {kind: macs / 1e9 for kind, macs in found.macs_by_kind.items()}
-        run = replace(run, params=found.params, gmacs=found.gmacs, gmacs_by_kind=by_kind, input_shape=found.input_shape)
-    return replace(run, notes=tuple(notes))
+        return replace(run, notes=(*run.notes, f"parameters and multiply-adds are not known: {error}"))
+    by_kind = {kind: macs / 1e9 for kind, macs in found.macs_by_kind.items()}
+    return replace(run, params=found.params, gmacs=found.gmacs, gmacs_by_kind=by_kind, input_shape=found.input_shape)
 
 
 def comparison_pictures(report: Report, annotations: Annotations, images: Path, *, count: int = 8) -> list[Row]:
     """The first `count` images of a report's comparison, from the folder `images`; none without a comparison."""
     if report.comparison is None:
         return []
-    found = _matched(report.comparison, report.runs, annotations)
-    return gallery(report.comparison, annotations, images, found, count)
+    return gallery(report.comparison, annotations, images, _matched(report, annotations), count)
 
 
-def read_latency(path: Path) -> dict[str, Latency]:
-    """Latencies by name of the run, from `{"latency": {NAME: {p50_ms, ...}}}`; ValueError names file and field."""
-    form = '{"latency": {NAME: {"p50_ms": ..., "threads": ..., "device": ..., "input_shape": [H, W]}}}'
-    rows = read_json(path, dict[str, dict[str, Latency]], form).get("latency")
-    if rows is None:
-        raise ValueError(f"{path}: expected {form}")
-    return {name: replace(row, source=str(path)) for name, row in rows.items()}
+def _predictions_by_seed(runs: Iterable[RunRecord], name: str) -> dict[int | None, list[Path]]:
+    """The results files of the runs of a name that are ok."""
+    files: dict[int | None, list[Path]] = {}
+    for run in runs:
+        if run.name == name and run.ok and run.predictions is not None:
+            files.setdefault(run.seed, []).append(Path(run.predictions))
+    return files
 
 
-def _matched(comparison: Comparison, runs: Sequence[RunRecord], annotations: Annotations) -> list[dict[int, Found]]:
-    """The boxes of the baseline and of the deployed run, by image."""
-    names, score = (comparison.baseline, comparison.deployed), comparison.score_threshold
-    files = [predictions_by_seed(runs, name)[comparison.seed][0] for name in names]
-    document = annotations.document
-    return [match_boxes(document, annotations.results(file), score=score, iou=comparison.iou) for file in files]
+def _matched(report: Report, annotations: Annotations) -> list[dict[int, Found]]:
+    """The boxes of the baseline and of the deployed run, by image, as the report's comparison counts them."""
+    compared = report.comparison
+    assert compared is not None
+    files = [_predictions_by_seed(report.runs, name)[compared.seed][0] for name in (report.baseline, report.deployed)]
+    options = {"score": compared.score_threshold, "iou": compared.iou}
+    return [match_boxes(annotations.document, annotations.results(file), **options) for file in files]
+
+
+def _differences(
+    runs: Sequence[RunRecord], annotations: Annotations, *, baseline: str, resamples: int, bootstrap_seed: int
+) -> tuple[Difference, ...]:
+    """One for each name of which some runs share seeds with the baseline's; none with `resamples=0`.
+
+    Runs of one name and seed cannot be told apart: none of them is taken.
+    """
+    if resamples < 0:
+        raise ValueError(f"resamples={resamples}: expected 0, for none, or more")
+    images, known = len(annotations.file_names), dict[str, Floats]()
+    draws = draw_images(images, resamples, bootstrap_seed) if images else np.empty((0, 0), np.int64)
+
+    def scores(path: Path) -> Floats:
+        """Files of equal content, as of a converted run, share their scores."""
+        key = sha256_of(path)
+        if key not in known:
+            known[key] = mean_average_precisions(annotations.document, annotations.results(path), draws)
+        return known[key]
+
+    theirs, found = _predictions_by_seed(runs, baseline), []
+    for name in unique(run.name for run in runs if run.name != baseline):
+        ours = _predictions_by_seed(runs, name)
+        seeds = [seed for seed in ours if len(ours[seed]) == len(theirs.get(seed, ())) == 1]
+        if not seeds or not resamples:
+            continue
+        pairs = [scores(ours[seed][0]) - scores(theirs[seed][0]) for seed in seeds]
+        value = float(np.mean([pair[0] for pair in pairs]))
+        low, high = interval_of([pair[1:] for pair in pairs])
+        found.append(Difference(name, value, low, high, CONFIDENCE, len(pairs), images, resamples, bootstrap_seed))
+    return tuple(found)

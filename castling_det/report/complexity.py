@@ -68,14 +68,6 @@ class Macs:
         """Summed over the modules."""
         return dict(sum(map(Counter, self.modules.values()), Counter[str]()))
 
-    @property
-    def macs_by_part(self) -> dict[str, int]:
-        """Summed by the first component of the modules' names, such as `backbone`."""
-        parts: Counter[str] = Counter()
-        for name, kinds in self.modules.items():
-            parts[name.split(".")[0]] += sum(kinds.values())
-        return dict(parts)
-
 
 @dataclass(frozen=True)
 class Complexity(Macs):

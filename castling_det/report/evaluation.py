@@ -1,37 +1,45 @@
-"""COCO's evaluation of boxes by faster-coco-eval: average precisions, precision over recall, which boxes are right."""
+"""COCO's evaluation of boxes by faster-coco-eval: average precisions, precision over recall, which boxes are right.
+
+How sure a difference of mAP is: images are drawn again with replacement, both detectors on the same draws. Detections
+are matched once. A draw only accumulates each image's matches as often as the image was drawn, in faster-coco-eval's
+own code, and so gives the mAP that evaluating the drawn set would give.
+"""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 from typing_extensions import NotRequired, TypedDict
 
 from castling_det.report.records import METRICS, Counts, read_json
 
+CONFIDENCE = 0.95
+"""Confidence of every interval."""
+
+Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
 Id = Annotated[int, msgspec.Meta(ge=-(2**62), le=2**62)]
 Pixels = Annotated[float, msgspec.Meta(ge=-1e12, le=1e12)]
 Box = tuple[Pixels, Pixels, Pixels, Pixels]
 """x, y, width, height, as in COCO's files."""
 
 
-class Image(TypedDict):
-    """An image of an annotation file; keys that are not named here are left out."""
-
+# What is read of COCO's files. Without `area`, the box's own counts; boxes with `iscrowd` are neither found nor missed.
+class _Image(TypedDict):
     id: Id
     file_name: str
     height: NotRequired[float | None]
     width: NotRequired[float | None]
 
 
-class Annotation(TypedDict):
-    """Without `area`, the box's own counts. Boxes with `iscrowd` are neither found nor missed."""
-
+class _Annotation(TypedDict):
     image_id: Id
     category_id: Id
     bbox: Box
@@ -39,24 +47,18 @@ class Annotation(TypedDict):
     iscrowd: NotRequired[int | bool | None]
 
 
-class Category(TypedDict):
-    """One category."""
-
+class _Category(TypedDict):
     id: Id
     name: str
 
 
-class Document(TypedDict):
-    """COCO annotations."""
-
-    images: list[Image]
-    annotations: list[Annotation]
-    categories: list[Category]
+class _Document(TypedDict):
+    images: list[_Image]
+    annotations: list[_Annotation]
+    categories: list[_Category]
 
 
-class Result(TypedDict):
-    """One box of a COCO results file."""
-
+class _Result(TypedDict):
     image_id: Id
     category_id: Id
     bbox: Box
@@ -72,12 +74,12 @@ class Annotations:
 
     def __init__(self, path: Path, *, description: str | None = None, classes: Collection[str] | None = None) -> None:
         self.path = path
-        self.document = read_json(path, Document, "a COCO annotation file")
+        self.document = read_json(path, _Document, "a COCO annotation file")
         if classes is not None:
             kept = [row for row in self.document["categories"] if row["name"] in classes]
             ids = {row["id"] for row in kept}
             boxes = [row for row in self.document["annotations"] if row["category_id"] in ids]
-            self.document = Document(images=self.document["images"], categories=kept, annotations=boxes)
+            self.document = _Document(images=self.document["images"], categories=kept, annotations=boxes)
         """The file's content, not to be changed."""
         images, boxes = self.document["images"], self.document["annotations"]
         self._ids = {
@@ -96,9 +98,9 @@ class Annotations:
         count = sum(not row.get("iscrowd") for row in boxes)
         self.description = description or f"{path}: {len(images)} images, {count} boxes"
 
-    def results(self, path: Path) -> list[Result]:
+    def results(self, path: Path) -> list[_Result]:
         """The boxes of a COCO results file, on images and of categories of this file; else ValueError."""
-        rows = read_json(path, list[Result], "a COCO results file, a list of boxes")
+        rows = read_json(path, list[_Result], "a COCO results file, a list of boxes")
         self._check(path, rows, "give the annotation file that was tested on")
         return rows
 
@@ -192,3 +194,42 @@ def match_boxes(document: Any, results: Sequence[Any], *, score: float, iou: flo
         elif not document["annotations"][truth_of[number] - 1].get("iscrowd"):
             found[row["image_id"]].right.append(row["bbox"])
     return found
+
+
+def mean_average_precisions(
+    document: Any, results: Sequence[Any], draws: Iterable[Integers] = (), *, max_detections: int = 100
+) -> Floats:
+    """COCO's mAP of the whole set, then of each draw; NaN for a draw with nothing to find.
+
+    A draw says how often the set has each image, (I,), in the order of their ids. `max_detections`: boxes with the
+    highest scores that count in each category of an image.
+    """
+    evaluator = evaluator_of(document, results, separate_eval=True)
+    params = evaluator.params
+    params.areaRng, params.areaRngLbl, params.maxDets = [[0, 1e10]], ["all"], [max_detections]
+    evaluator.evaluate()
+    # The matches of each category and image, as the library keeps them.
+    cells = np.array(evaluator._evalImgs_cpp, dtype=object).reshape(-1, len(params.imgIds))
+    found = []
+    for counts in (np.ones(len(params.imgIds), dtype=np.int64), *draws):
+        index = np.repeat(np.arange(len(counts)), counts)
+        evaluator._evalImgs_cpp = cells[:, index].ravel().tolist()
+        evaluator._paramsEval.imgIds = list(range(len(index)))
+        evaluator.accumulate()
+        precision = np.asarray(evaluator.eval["precision"])
+        known = precision[precision > -1]  # a category without annotations has the precision -1
+        found.append(known.mean() if known.size else np.nan)
+    return np.array(found)
+
+
+def draw_images(images: int, resamples: int, seed: int) -> Integers:
+    """`resamples` draws of `images` images with replacement, as counts (resamples, images). The same for a seed."""
+    generator = np.random.default_rng(seed)
+    return np.asarray(generator.multinomial(images, np.full(images, 1 / images), size=resamples), dtype=np.int64)
+
+
+def interval_of(pairs: Sequence[Floats]) -> tuple[float, float]:
+    """The central interval of the mean over pairs of runs of their differences (resamples,), at `CONFIDENCE`."""
+    mean = np.mean(np.stack(pairs), axis=0)
+    low, high = np.nanquantile(mean, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return float(low), float(high)

@@ -1,18 +1,42 @@
-"""The plots of a report, each an SVG drawing of its own. A plot is None where the runs have nothing to draw."""
+"""The plots and photographs of a report.
+
+Each plot is an SVG drawing of its own, or None where the runs have nothing to draw. Photographs are of the images on
+which two detectors differ most: ground truth, baseline and deployed boxes side by side.
+"""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path, PurePath
+from typing import Any, Literal, NamedTuple
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from PIL import Image, ImageDraw
 
-from castling_det.report.compare import summaries
-from castling_det.report.records import Report, RunRecord, Series, printable, unique
+from castling_det.report.evaluation import Annotations, Box, Found
+from castling_det.report.records import (
+    Comparison,
+    ImageComparison,
+    Report,
+    RunRecord,
+    Series,
+    printable,
+    summaries,
+    unique,
+)
+
+BOXES = {"truth": "#ffffff", "right": "#4cc3ff", "wrong": "#ff7f0e", "missed": "#fff200"}
+"""Colours on photographs: annotated, found rightly, found wrongly, missed."""
+
+_SIDE = 512  # pixels of a picture's longer side, at least: lines stay thin beside the objects of enlarged tiles
+_MARGIN = 8  # pixels outside of a picture in which boxes are drawn: their lines do not show
 
 # Okabe and Ito's palette, safe for the colour-blind, in an order in which neighbours differ in lightness too.
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#aa4a86", "#7a6a00", "#4d4d4d")
@@ -35,6 +59,15 @@ _STYLE: dict[Any, Any] = {
 _styled = matplotlib.rc_context(_STYLE)
 
 
+class Row(NamedTuple):
+    """One image of the gallery as three pictures of equal size."""
+
+    image: ImageComparison
+    truth: Image.Image
+    baseline: Image.Image
+    deployed: Image.Image
+
+
 def _new_axes() -> Any:
     # A figure of its own, outside of pyplot: no global state, nothing to close, no display.
     return Figure(figsize=(5.2, 3.5), layout="constrained").add_subplot()
@@ -50,23 +83,6 @@ def _svg(axes: Any, *, x: str, y: str, columns: int = 1, from_zero: bool = True)
     buffer = io.StringIO()
     axes.figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     return buffer.getvalue()
-
-
-def _plain_numbers(*logarithmic: Any) -> None:
-    """Labels axes at 1, 2, 5, 10, ..."""
-    for axis in logarithmic:
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.set_major_formatter("{x:g}")
-        axis.set_minor_formatter(NullFormatter())
-
-
-def _mark(axes: Any, x: float, text: str, *, right: bool = True, top: bool = False) -> None:
-    """A dashed vertical line with a text beside it."""
-    axes.axvline(x, color="black", linewidth=1.2, linestyle=(0, (4, 3)))
-    axes.annotate(
-        text, (x, 0.97 if top else 0.03), xycoords=("data", "axes fraction"), textcoords="offset points",
-        xytext=(5 if right else -5, 0), ha="left" if right else "right", va="top" if top else "bottom",
-    )  # fmt: skip
 
 
 def _lines(axes: Any, curves: Iterable[Series | Sequence[float]], label: str, **style: Any) -> None:
@@ -88,24 +104,14 @@ def label_of(text: str) -> str:
     return f" {shown}" if shown.startswith("_") else shown
 
 
-def accuracy_over_cost(report: Report) -> str | None:
-    """mAP over GMACs."""
-    return _accuracy_over(report, lambda run: run.gmacs, _cost_label(report))
-
-
-def accuracy_over_latency(report: Report) -> str | None:
-    """mAP over median latency."""
-    shapes = {run.latency.input_shape for run in report.runs if run.latency is not None}
-    at = " at {} x {} pixels".format(*shapes.pop()) if len(shapes) == 1 else ""
-    return _accuracy_over(report, _latency, f"latency of one image{at}, p50, ms")
-
-
 @_styled
-def _accuracy_over(report: Report, cost: Callable[[RunRecord], float | None], label: str) -> str | None:
-    """A small mark a seed, a large one the mean."""
+def accuracy_over(report: Report, cost: Literal["gmacs", "latency"]) -> str | None:
+    """mAP over multiply-adds or median latency: a small mark a seed, a large one the mean."""
     axes, costs = _new_axes(), list[float]()
     for index, summary in enumerate(summaries(report)):
-        pairs = [(cost(run), run.metrics.get("mAP")) for run in summary.runs if run.ok]
+        runs = [run for run in summary.runs if run.ok]
+        spent = [run.gmacs if cost == "gmacs" else run.latency and run.latency.p50_ms for run in runs]
+        pairs = zip(spent, (run.metrics.get("mAP") for run in runs), strict=True)
         points = [(x, y) for x, y in pairs if x is not None and y is not None]
         if not points:
             continue
@@ -122,6 +128,7 @@ def _accuracy_over(report: Report, cost: Callable[[RunRecord], float | None], la
         return None
     axes.set_xlim(right=1.12 * max(costs))
     axes.margins(y=0.25)
+    label = _cost_label(report) if cost == "gmacs" else "latency of one image, p50, ms"
     return _svg(axes, x=label, y="mAP, in [0, 1]")
 
 
@@ -189,7 +196,9 @@ def training_curve(report: Report, quantity: Literal["loss", "validation"], labe
         _lines(axes, lines, ", ".join(map(label_of, names)), color=color, alpha=0.85, markersize=3, marker=marker)
     if quantity == "loss":
         axes.set_yscale("log")
-        _plain_numbers(axes.yaxis)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
     else:
         axes.set_ylim(bottom=0)
     return _svg(axes, x="training iteration", y=label)
@@ -206,15 +215,78 @@ def mask_occupancy(run: RunRecord, quantity: Literal["kept_fraction", "kept_mass
         _lines(axes, [series], label_of(name), color=matplotlib.colormaps["viridis"](color))
     axes.set_ylim(bottom=0)
     if (empty := run.mask.empty_from) is not None:
-        last = max(series.steps[-1] for series in layers.values())
-        _mark(axes, empty, f"empty from {empty}", right=empty <= last / 3, top=True)
+        right = empty <= max(series.steps[-1] for series in layers.values()) / 3
+        axes.axvline(empty, color="black", linewidth=1.2, linestyle=(0, (4, 3)))
+        axes.annotate(
+            f"empty from {empty}", (empty, 0.97), xycoords=("data", "axes fraction"), textcoords="offset points",
+            xytext=(5 if right else -5, 0), ha="left" if right else "right", va="top",
+        )  # fmt: skip
     return _svg(axes, x="training iteration", y=label, columns=1 + (len(layers) > 6))
-
-
-def _latency(run: RunRecord) -> float | None:
-    return run.latency.p50_ms if run.latency is not None else None
 
 
 def _cost_label(report: Report) -> str:
     shape = next((run.input_shape for run in report.runs if run.input_shape is not None), None)
     return "GMACs of one image" + (" of {} x {} pixels".format(*shape) if shape else "")
+
+
+def gallery(
+    comparison: Comparison, annotations: Annotations, images: Path, found: Sequence[Mapping[int, Found]], count: int
+) -> list[Row]:
+    """Draws the first `count` images of a comparison with the boxes of baseline and deployed detector.
+
+    ValueError names a file that is missing, outside of the folder `images` or cannot be decoded.
+    """
+    rows = []
+    for image in comparison.images[:count]:
+        picture, scale = _load(images, image.file_name)
+        truth = picture.copy()
+        for row in annotations.document["annotations"]:
+            if row["image_id"] == image.image_id:
+                crowd = bool(row.get("iscrowd"))
+                _outline(truth, row["bbox"], scale, BOXES["truth"], dashed=crowd, width=1 if crowd else 3)
+        rows.append(Row(image, truth, *(_draw(picture, boxes.get(image.image_id, Found()), scale) for boxes in found)))
+    return rows
+
+
+def _load(folder: Path, name: str) -> tuple[Image.Image, float]:
+    """The image in RGB, its longer side brought to 512 to 1024 pixels, and the factor."""
+    if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
+        raise ValueError(f"file_name={name!r}: expected a path inside of --images {folder}; a report shows no others")
+    path = folder / name
+    if not os.path.isfile(path):
+        problem = "not a regular file" if os.path.exists(path) else "no such image"
+        raise ValueError(f"{path}: {problem}; give the folder of the tested images as --images")
+    try:
+        with Image.open(path) as opened:
+            picture = opened.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: cannot be decoded as an image: {error}") from error
+    longer = max(picture.size)
+    scale = _SIDE / longer if longer < _SIDE else min(1.0, 2 * _SIDE / longer)
+    size = (max(round(picture.width * scale), 1), max(round(picture.height * scale), 1))
+    return picture.resize(size, Image.Resampling.LANCZOS), scale
+
+
+def _draw(picture: Image.Image, found: Found, scale: float) -> Image.Image:
+    drawn = picture.copy()
+    for kind, boxes in (("missed", found.missed), ("right", found.right), ("wrong", found.wrong)):
+        for box in boxes:
+            _outline(drawn, box, scale, BOXES[kind], dashed=kind == "missed")
+    return drawn
+
+
+def _outline(picture: Image.Image, box: Box, scale: float, color: str, *, dashed: bool = False, width: int = 3) -> None:
+    """A line on a dark one that is wider, so that it shows on any photograph."""
+    draw = ImageDraw.Draw(picture)
+    x, y, box_width, box_height = (value * scale for value in box)
+    # However large a box is, no more of it is drawn than the picture can show.
+    x0, x1 = np.clip([x, x + box_width], -_MARGIN, picture.width + _MARGIN).tolist()
+    y0, y1 = np.clip([y, y + box_height], -_MARGIN, picture.height + _MARGIN).tolist()
+    for (ax, ay), (bx, by) in pairwise([(x0, y0), (x1, y0), (x1, y1), (x0, y1), (x0, y0)]):
+        length = max(abs(bx - ax), abs(by - ay), 1.0)
+        dash = 7.0 if dashed else length
+        for step in range(math.ceil(length / (2 * dash))):
+            start, end = 2 * dash * step, min(2 * dash * step + dash, length)
+            line = [(ax + (bx - ax) * part / length, ay + (by - ay) * part / length) for part in (start, end)]
+            draw.line(line, fill="#101010", width=width + 2)
+            draw.line(line, fill=color, width=width)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
+import statistics
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
@@ -136,10 +137,11 @@ class ImageComparison:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two detectors image by image, largest differences first. Boxes count from `score_threshold`, right at `iou`."""
+    """Baseline and deployed run of a seed image by image, largest differences first.
 
-    baseline: str
-    deployed: str
+    Boxes count from `score_threshold` on, and are right from `iou` on.
+    """
+
     seed: int | None
     score_threshold: float
     iou: float
@@ -191,6 +193,11 @@ class RunRecord:
         """Whether the run did what it should."""
         return self.reason is None
 
+    @property
+    def figures(self) -> dict[str, float | None]:
+        """What is averaged over seeds: metrics, `"loss"` at the end, `"seconds"` of training."""
+        return {**self.metrics, "loss": self.final_loss, "seconds": self.train_seconds}
+
 
 @dataclass(frozen=True)
 class Report:
@@ -228,6 +235,68 @@ class Report:
     def difference_of(self, name: str) -> Difference | None:
         """The bootstrap's result for the runs of one name, if it was made."""
         return next((difference for difference in self.differences if difference.name == name), None)
+
+
+class Spread(NamedTuple):
+    """Mean, sample standard deviation (None for a single value), smallest and largest of some seeds' values."""
+
+    mean: float
+    std: float | None
+    low: float
+    high: float
+    seeds: int
+
+    def text(self, sign: str = "") -> str:
+        """`0.312`, or `0.312 ± 0.008` over several; `sign="+"` writes it always."""
+        return f"{self.mean:{sign}.3f}" + (f" ± {self.std:.3f}" if self.std is not None else "")
+
+
+class Summary(NamedTuple):
+    """The runs of one name. `seeds` of them are ok, `first` is the first of these.
+
+    `spreads` are of `RunRecord.figures`, `differences` minus the baseline's; None where a seed lacks the figure.
+    """
+
+    name: str
+    runs: tuple[RunRecord, ...]
+    first: RunRecord
+    seeds: int
+    spreads: dict[str, Spread | None]
+    differences: dict[str, Spread | None]
+
+
+def summaries(report: Report) -> list[Summary]:
+    """One summary a name, in the report's order."""
+    baseline = [run for run in report.runs_named(report.baseline) if run.ok]
+    result = []
+    for name in report.names:
+        runs = report.runs_named(name)
+        good = [run for run in runs if run.ok]
+        others = [] if name == report.baseline else good
+        spreads = {key: _spread_of(run.figures.get(key) for run in good) for key in (*METRICS, "loss", "seconds")}
+        differences = {key: _difference(others, baseline, key) for key in spreads}
+        result.append(Summary(name, runs, [*good, *runs][0], len(good), spreads, differences))
+    return result
+
+
+def _spread_of(values: Iterable[float | None]) -> Spread | None:
+    """None if a value is missing: a mean of the others would hide that."""
+    found = list(values)
+    numbers = [value for value in found if value is not None]
+    if not numbers or len(numbers) < len(found):
+        return None
+    std = statistics.stdev(numbers) if len(numbers) > 1 else None
+    return Spread(statistics.mean(numbers), std, min(numbers), max(numbers), len(numbers))
+
+
+def _difference(runs: Sequence[RunRecord], baseline: Sequence[RunRecord], key: str) -> Spread | None:
+    """Seed by seed over the seeds that both have; where seeds cannot be paired, of the means, without a spread."""
+    ours, theirs = ({run.seed: run.figures.get(key) for run in group} for group in (runs, baseline))
+    if ours.keys() & theirs.keys() and len(ours) == len(runs) and len(theirs) == len(baseline):
+        pairs = [(value, theirs[seed]) for seed, value in ours.items() if seed in theirs]
+        return _spread_of(None if left is None or right is None else left - right for left, right in pairs)
+    left_mean, right_mean = (_spread_of(run.figures.get(key) for run in group) for group in (runs, baseline))
+    return _spread_of([left_mean.mean - right_mean.mean]) if left_mean and right_mean else None
 
 
 def unique(names: Iterable[str]) -> tuple[str, ...]:

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import base64
 import io
-import statistics
 import textwrap
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
 from castling_det.files import write_text
-from castling_det.report.compare import Spread, Summary, summaries
-from castling_det.report.gallery import BOXES, Row
-from castling_det.report.records import METRICS, Report, RunRecord, printable, unique, write_report_json
+from castling_det.report.records import (
+    METRICS,
+    Report,
+    RunRecord,
+    Spread,
+    printable,
+    summaries,
+    unique,
+    write_report_json,
+)
+
+if TYPE_CHECKING:  # matplotlib is loaded for the page alone
+    from castling_det.report.figures import Row
 
 RUN_COLUMNS = (*METRICS, "iterations", "training (h:m:s)", "checkpoint sha256")
 
@@ -90,7 +99,7 @@ def html_page(report: Report, pictures: Sequence[Row] = (), attention: Sequence[
         report=report, head=head, rows=list(zip(summaries(report), rows, strict=True)), tiles=_tiles(report),
         failures=_failures(report), notes=_notes(report), table_notes=(_interval_note(report), _latency_note(report)),
         masked=next((run for run in report.runs if run.mask.kept_fraction), None), pictures=pictures,
-        attention=attention, boxes=BOXES, run_columns=RUN_COLUMNS, run_cells=_run_cells, commands=_commands(report),
+        attention=attention, run_columns=RUN_COLUMNS, run_cells=_run_cells, commands=_commands(report),
         figures=figures, jpeg=_jpeg, svg=_svg,
     )  # fmt: skip
 
@@ -111,10 +120,10 @@ def _tiles(report: Report) -> list[tuple[str, str]]:
     by_name = {summary.name: summary for summary in summaries(report)}
     baseline, deployed = by_name[report.baseline], by_name[report.deployed]
     ours, theirs, tiles = deployed.first, baseline.first, []
-    if "mAP" in deployed.metrics and "mAP" in baseline.metrics:
-        mAP = deployed.metrics["mAP"].text(), baseline.metrics["mAP"].text()
-        tiles.append((mAP[0], f"mAP of {deployed.name}; {baseline.name} {mAP[1]}"))
-    if (difference := deployed.difference) is not None:
+    mAP, reference = deployed.spreads["mAP"], baseline.spreads["mAP"]
+    if mAP is not None and reference is not None:
+        tiles.append((mAP.text(), f"mAP of {deployed.name}; {baseline.name} {reference.text()}"))
+    if (difference := deployed.differences["mAP"]) is not None:
         seeds = f", mean over {difference.seeds} seeds" if difference.seeds > 1 else ""
         interval = report.difference_of(deployed.name)
         spread = f"; {interval.confidence:.0%} {interval.low:+.3f} to {interval.high:+.3f}" if interval else ""
@@ -134,21 +143,23 @@ def _table(report: Report, brief: bool) -> tuple[list[str], list[list[str]]]:
     runs = [summary.first for summary in found]  # for all that does not depend on the seed
     latencies = [run.latency for run in runs]
     shape = next((run.input_shape for run in report.runs if run.input_shape is not None), None)
-    columns = {"run": [s.name for s in found], "seeds": [_seeds(s) for s in found]}
-    columns["mAP"] = [_text(s.metrics.get("mAP")) for s in found]
+    failed = [len(s.runs) - s.seeds for s in found]
+    columns = {"run": [s.name for s in found]}
+    columns["seeds"] = [f"{s.seeds} (FAILED: {n})" if n else str(s.seeds) for s, n in zip(found, failed, strict=True)]
+    columns["mAP"] = [_text(s.spreads["mAP"]) for s in found]
     columns[f"mAP - {report.baseline}"] = [
-        "baseline" if s.name == report.baseline else _text(s.difference, "+") for s in found
+        "baseline" if s.name == report.baseline else _text(s.differences["mAP"], "+") for s in found
     ]
     if report.differences:
         intervals = [report.difference_of(s.name) for s in found]
         title = f"{report.differences[0].confidence:.0%} interval"
         columns[title] = [f"{d.low:+.3f} to {d.high:+.3f}" if d is not None else "-" for d in intervals]
-    columns |= {name: [_text(s.metrics.get(name)) for s in found] for name in METRICS[1:]}
+    columns |= {name: [_text(s.spreads[name]) for s in found] for name in METRICS[1:]}
     columns["params (M)"] = [_number(run.params and run.params / 1e6, ".2f") for run in runs]
     columns["GMACs" + (" at {}x{}".format(*shape) if shape else "")] = [_number(run.gmacs, ".3f") for run in runs]
     columns["latency p50 (ms)"] = [_number(timed.p50_ms if timed else None, ".1f") for timed in latencies]
     columns["peak memory (MiB)"] = [_number(timed.peak_mib if timed else None, ".1f") for timed in latencies]
-    columns["training (h:m:s)"] = [_training(s) for s in found]
+    columns["training (h:m:s)"] = [_duration(s.spreads["seconds"] and s.spreads["seconds"].mean) for s in found]
     details = {*METRICS[3:], "peak memory (MiB)", "training (h:m:s)"}
     for title in (*details, "latency p50 (ms)"):
         if (brief and title in details) or set(columns[title]) == {"-"}:
@@ -162,16 +173,6 @@ def _text(spread: Spread | None, sign: str = "") -> str:
 
 def _number(value: float | None, form: str) -> str:
     return format(value, form) if value is not None else "-"
-
-
-def _seeds(summary: Summary) -> str:
-    failed = len(summary.runs) - summary.seeds
-    return f"{summary.seeds} (FAILED: {failed})" if failed else str(summary.seeds)
-
-
-def _training(summary: Summary) -> str:
-    seconds = [run.train_seconds for run in summary.runs if run.ok and run.train_seconds is not None]
-    return _duration(statistics.mean(seconds)) if seconds else "-"
 
 
 def _duration(seconds: float | None) -> str:

@@ -11,6 +11,7 @@ import math
 import os
 import re
 import shlex
+import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,7 +68,8 @@ def read_training_log(work_dir: Path) -> TrainingLog:
     scalars, kept = _series(train), _series(mask)
     fraction, mass = (_layers(kept, quantity) for quantity in ("kept_fraction/", "kept_mass/"))
     iterations = _iterations(work_dir, epoch_length, max(train)) if train else None
-    seconds = _seconds(scalars.get("time", Series()), iterations)
+    times = [value for value in scalars.get("time", Series()).values if value is not None]
+    seconds = statistics.mean(times) * iterations if times and iterations else None
     occupancy = MaskOccupancy(_empty_from(fraction), fraction, mass)
     return TrainingLog(scalars, _series(val), occupancy, iterations, seconds)
 
@@ -141,14 +143,6 @@ def _iterations(work_dir: Path, epoch_length: int | None, last_logged: int) -> i
     if found is None:
         return last_logged
     return max(last_logged, int(found[2]) * (1 if found[1] == "iter" else epoch_length or 0))
-
-
-def _seconds(time: Series, iterations: int | None) -> float | None:
-    """Each logged `time` is the mean of the iterations since the row before it; the last ones count like the logged."""
-    gaps = [step - before for before, step in zip((0, *time.steps), time.steps, strict=False)]
-    known = [(value * gap, gap) for value, gap in zip(time.values, gaps, strict=True) if value is not None]
-    counted = sum(gap for _, gap in known)
-    return sum(total for total, _ in known) * iterations / counted if counted and iterations else None
 
 
 def _is_number(value: Any) -> bool:

@@ -12,7 +12,7 @@ import pytest
 
 from castling_det.report.build import build_report, comparison_pictures
 from castling_det.report.evaluation import Annotations
-from castling_det.report.gallery import Row
+from castling_det.report.figures import Row
 from castling_det.report.records import Latency, Report
 from castling_det.report.render import html_page
 from castling_det.report.runs import RunSpec

@@ -15,7 +15,6 @@ from castling_det.conversion.detectors import build_detector
 from castling_det.layers import CastlingAttention, LevitAttention, PooledAttention, attention_layers
 from castling_det.report import attention_maps
 from castling_det.report.attention_maps import (
-    AttentionPicture,
     attention_picture,
     branch_weights,
     capture,
@@ -26,33 +25,21 @@ from tools.attention import load_detector, main
 HW = (5, 7)
 
 
-def castling(**options):
-    return CastlingAttention(12, 3, num_prefix_tokens=2, **options)
-
-
-def levit(**options):
-    return LevitAttention(12, 10, key_dim=4, num_heads=3, resolution=6, **options)
-
-
-def levit_subsampled(**options):
-    return LevitAttention(12, 10, key_dim=4, num_heads=3, query_stride=2, resolution=6, **options)
-
-
-def mvit_fewer_keys(**options):
-    return PooledAttention(12, 3, stride_kv=2, grid=(4, 6), **options)
-
-
-def mvit_fewer_queries(**options):
-    return PooledAttention(12, 3, stride_q=2, grid=(4, 6), **options)
-
-
-LAYERS = (castling, levit, levit_subsampled, mvit_fewer_keys, mvit_fewer_queries)
+LAYERS = {
+    "castling": lambda **options: CastlingAttention(12, 3, num_prefix_tokens=2, **options),
+    "levit": lambda **options: LevitAttention(12, 10, key_dim=4, num_heads=3, resolution=6, **options),
+    "levit subsampled": lambda **options: LevitAttention(
+        12, 10, key_dim=4, num_heads=3, query_stride=2, resolution=6, **options
+    ),
+    "mvit, fewer keys": lambda **options: PooledAttention(12, 3, stride_kv=2, grid=(4, 6), **options),
+    "mvit, fewer queries": lambda **options: PooledAttention(12, 3, stride_q=2, grid=(4, 6), **options),
+}
 
 
 def randomised(make, **options):
     """Every parameter and statistic random, in float64, and tokens for it."""
     generator = torch.Generator().manual_seed(0)
-    layer = make(**options).double().eval()
+    layer = LAYERS[make](**options).double().eval()
     for name, value in layer.state_dict().items():
         if value.is_floating_point():
             noise = torch.randn(value.shape, generator=generator, dtype=torch.float64) * 0.6
@@ -78,71 +65,48 @@ def core(layer, x):
     return merged.unflatten(-1, (layer.num_heads, -1)).transpose(1, 2)
 
 
-def absolute(layer, num_keys):
-    return layer.mask_state.absolute(num_keys)
+@torch.no_grad()
+def combined(layer, weights, v):
+    """What the weights make of the values, (B, H, M, V), in the layer's mode; with the mask's branch in castling."""
+    if layer.mode == "softmax":
+        return weights.softmax @ v
+    average = weights.linear / weights.divisor.unsqueeze(-1)
+    if layer.mode == "linear":
+        return average @ v
+    kept = weights.softmax * (weights.softmax > layer.mask_state.absolute(v.shape[2])) * layer.mask_state.aux_scale
+    if layer.options.normalizer == "l2":
+        return torch.nn.functional.normalize((weights.linear + kept) @ v, dim=-1)
+    return (average + kept) @ v / (1 + kept.sum(dim=-1, keepdim=True))
 
 
 @torch.no_grad()
-def shown(layer, x, aux=False):
-    """The weights times the values: what the layer computes, with `aux` as in training."""
-    inputs = layer.head_inputs(x, HW)
-    weights = branch_weights(layer, inputs, HW)
-    if layer.mode == "softmax":
-        return weights.softmax @ inputs.v, weights, inputs
-    total = weights.linear
-    average = total / weights.divisor.unsqueeze(-1)
-    if not aux:
-        return average @ inputs.v, weights, inputs
-    kept = weights.softmax * (weights.softmax > absolute(layer, inputs.k.shape[2])) * layer.mask_state.aux_scale
-    if layer.options.normalizer == "l2":
-        return torch.nn.functional.normalize((total + kept) @ inputs.v, dim=-1), weights, inputs
-    return (average + kept) @ inputs.v / (1 + kept.sum(dim=-1, keepdim=True)), weights, inputs
-
-
 @pytest.mark.parametrize("normalizer", ["l2", "kernel"])
+@pytest.mark.parametrize("mode", ["softmax", "linear", "castling"])
 @pytest.mark.parametrize("make", LAYERS)
-def test_linear_weights_times_values_are_what_the_layer_computes(make, normalizer):
-    layer, x = randomised(make, mode="linear", normalizer=normalizer)
-    values, weights, inputs = shown(layer, x)
-    torch.testing.assert_close(values, core(layer, x), rtol=1e-10, atol=1e-12)
-    wrong = weights.linear / weights.divisor.unsqueeze(-1)
-    wrong = wrong.roll(1, dims=-1) @ inputs.v  # negative control: each weight at its neighbour's place
-    assert (wrong - core(layer, x)).abs().max() > 1e-2
-
-
-@pytest.mark.parametrize("make", LAYERS)
-def test_softmax_weights_hold_the_position_biases(make):
-    layer, x = randomised(make, mode="softmax")
-    values, weights, inputs = shown(layer, x)
-    expected = core(layer, x)
-    torch.testing.assert_close(values, expected, rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(weights.softmax.sum(-1), torch.ones_like(weights.divisor))
-    if inputs.bias is not None:
-        without = branch_weights(layer, inputs._replace(bias=None), HW)
-        assert (without.softmax @ inputs.v - expected).abs().max() > 1e-2
-
-
-@pytest.mark.parametrize("normalizer", ["l2", "kernel"])
-@pytest.mark.parametrize("make", LAYERS)
-def test_hybrid_weights_are_what_training_computes(make, normalizer):
-    options = dict(mode="castling", normalizer=normalizer, threshold=0.8, threshold_unit="uniform", eval_aux=True)
-    layer, x = randomised(make, **options)
+def test_weights_times_values_are_what_the_layer_computes(make, mode, normalizer):
+    options = dict(threshold=0.8, threshold_unit="uniform", eval_aux=True) if mode == "castling" else {}
+    layer, x = randomised(make, mode=mode, normalizer=normalizer, **options)
     layer.mask_state = dataclasses.replace(layer.mask_state, aux_scale=0.7)
-    values, weights, inputs = shown(layer, x, aux=True)
-    expected = core(layer, x)
-    torch.testing.assert_close(values, expected, rtol=1e-10, atol=1e-12)
-    stats = layer.mask_stats
-    kept = weights.softmax > absolute(layer, inputs.k.shape[2])
-    assert 0 < float(stats.kept_fraction) < 1
-    torch.testing.assert_close(kept.double().mean().float(), stats.kept_fraction)
-    torch.testing.assert_close((weights.softmax * kept).sum(-1).mean().float(), stats.kept_mass)
-    layer.mask_state = dataclasses.replace(layer.mask_state, threshold=1.2)  # negative control: another mask
-    assert (shown(layer, x, aux=True)[0] - expected).abs().max() > 1e-2
+    inputs = layer.head_inputs(x, HW)
+    weights, expected = branch_weights(layer, inputs, HW), core(layer, x)
+    torch.testing.assert_close(combined(layer, weights, inputs.v), expected, rtol=1e-10, atol=1e-12)
+    # Negative controls: each value at its neighbour's place, no position biases, another mask.
+    wrong = [combined(layer, weights, inputs.v.roll(1, dims=2))]
+    if inputs.bias is not None:
+        wrong.append(combined(layer, branch_weights(layer, inputs._replace(bias=None), HW), inputs.v))
+    if mode == "castling":
+        kept = weights.softmax > layer.mask_state.absolute(inputs.k.shape[2])
+        assert 0 < float(layer.mask_stats.kept_fraction) < 1
+        torch.testing.assert_close(kept.double().mean().float(), layer.mask_stats.kept_fraction)
+        torch.testing.assert_close((weights.softmax * kept).sum(-1).mean().float(), layer.mask_stats.kept_mass)
+        layer.mask_state = dataclasses.replace(layer.mask_state, threshold=1.2)
+        wrong.append(combined(layer, weights, inputs.v))
+    assert all((values - expected).abs().max() > 1e-2 for values in wrong)
 
 
 @torch.no_grad()
 def test_chosen_rows_are_those_of_all():
-    layer, x = randomised(castling, mode="linear", normalizer="kernel")
+    layer, x = randomised("castling", mode="linear", normalizer="kernel")
     inputs = layer.head_inputs(x, HW)
     all_rows, some = (branch_weights(layer, inputs, HW, queries=queries) for queries in (None, [3, 30]))
     assert all_rows.linear.min() >= 0.5 - 1 / math.pi and all_rows.linear.max() <= 0.5 + 1 / math.pi
@@ -150,11 +114,13 @@ def test_chosen_rows_are_those_of_all():
         torch.testing.assert_close(getattr(some, name), getattr(all_rows, name)[:, :, [3, 30]])
 
 
+@torch.no_grad()
 def test_a_zero_token_stays_zero():
-    layer, x = randomised(castling, mode="linear", qkv_bias=False)
+    layer, x = randomised("castling", mode="linear", qkv_bias=False)
     x[:, 5] = 0
-    values, weights, _ = shown(layer, x)
-    assert weights.linear.isfinite().all() and values.isfinite().all()
+    inputs = layer.head_inputs(x, HW)
+    values = combined(layer, branch_weights(layer, inputs, HW), inputs.v)
+    assert values.isfinite().all()
     torch.testing.assert_close(values, core(layer, x), rtol=1e-10, atol=1e-12)
 
 
@@ -187,14 +153,9 @@ def detector(family, tmp_path, **options):
             backbone=dict(BACKBONES[family], **{"attention": "castling", **options}),
             neck=dict(type="FPN", in_channels=channels, out_channels=8, num_outs=len(channels)),
             bbox_head=dict(
-                type="RetinaHead",
-                num_classes=1,
-                in_channels=8,
-                feat_channels=8,
-                stacked_convs=1,
+                type="RetinaHead", num_classes=1, in_channels=8, feat_channels=8, stacked_convs=1,
                 anchor_generator=dict(
-                    type="AnchorGenerator", scales=[4], ratios=[1.0], strides=[8, 16, 32][: len(channels)]
-                ),
+                    type="AnchorGenerator", scales=[4], ratios=[1.0], strides=[8, 16, 32][: len(channels)]),
             ),
         ),
         test_dataloader=dict(dataset=dict(type="CocoDataset", pipeline=PIPELINE)),
@@ -288,13 +249,6 @@ def test_errors_name_what_is_wrong(tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             call()
-
-
-def test_a_picture_carries_its_caption(tmp_path):
-    picture = AttentionPicture(Image.new("RGB", (3, 2), (1, 2, 3)), "cos/π, 1/2 at its own place")
-    picture.save(tmp_path / "a.png")
-    read = read_picture(tmp_path / "a.png")
-    assert read.caption == picture.caption and read.image.getpixel((1, 1)) == (1, 2, 3)
 
 
 def test_the_tool(tmp_path, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from castling_det.config import load_config
 from castling_det.layers import CastlingAttention
 from castling_det.report.complexity import count_macs, detector_complexity
-from tools.complexity import table
+from tests.report.conftest import Tool
+from tests.report.samples import CONFIG, write_test
+from tools.complexity import macs_by_part
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = json.loads((ROOT / "tests" / "golden" / "complexity.json").read_text())
@@ -43,32 +46,12 @@ def test_every_config_costs_what_it_did(name: str) -> None:
     assert found.params == GOLDEN["params"][name] and found.uncounted == ()
 
 
-def test_the_figures_of_before_are_of_every_config() -> None:
-    configs = {str(path.relative_to(ROOT / "configs")) for path in (ROOT / "configs").glob("[!_]*/*.py")}
-    assert configs >= set(GOLDEN["macs"]) >= IN_THE_FAST_SUITE
-
-
 def _counter_macs(model: nn.Module, *inputs: Any, **keywords: Any) -> int:
     """PyTorch's counter, 2 flops a multiply-add, with softmax attention as two plain matrix products."""
     model.eval()
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as flops:
         model(*inputs, **keywords)
     return int(flops.get_total_flops()) // 2
-
-
-@pytest.mark.parametrize(
-    ("module", "shape", "expected"),
-    [
-        (nn.Linear(5, 7), (2, 3, 5), 2 * 3 * 5 * 7),
-        (nn.Conv2d(4, 6, (3, 1), stride=2, groups=2), (1, 4, 9, 8), 4 * 4 * 6 * 2 * 3),
-        (nn.Conv2d(8, 8, 3, groups=8, dilation=2), (1, 8, 9, 9), 5 * 5 * 8 * 9),
-        (nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, groups=2), (1, 4, 5, 7), 5 * 7 * 4 * 3 * 9),
-        (nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.Upsample(scale_factor=2)), (1, 4, 8, 8), 0),
-    ],
-    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else None,
-)
-def test_a_module_costs_what_its_formula_says(module: nn.Module, shape: tuple[int, ...], expected: int) -> None:
-    assert count_macs(module, torch.randn(shape)).macs == expected
 
 
 @pytest.mark.parametrize("normalizer", ["l2", "kernel"])
@@ -125,42 +108,34 @@ def test_deformable_attention() -> None:
     assert found.macs_by_kind == {"projections": projections, "attention": 4 * 5 * 2 * 2 * 24}
 
 
-class _Runs(nn.Module):
-    """An operator of torch's between two known layers."""
-
-    def __init__(self, operator: str) -> None:
-        super().__init__()
-        self.before = nn.Linear(4, 4)
-        self.operator = operator
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.before(x)
-        match self.operator:
-            case "aten.mv":
-                return x @ torch.ones(4)
-            case "aten.dot":
-                return x[0] @ x[1]
-            case "aten._euclidean_dist":
-                return torch.cdist(x, x)
-            case "aten._trilinear":
-                return F.bilinear(x, x, torch.ones(2, 4, 4))
-            case "aten._fft_r2c":
-                return torch.fft.fft(x).real
-            case _:
-                return double(x)
-
-
 @torch.library.custom_op("castling_det_test::double", mutates_args=())
 def double(x: Tensor) -> Tensor:
     return 2 * x
 
 
-@pytest.mark.parametrize(
-    "operator",
-    ["aten.mv", "aten.dot", "aten._euclidean_dist", "aten._trilinear", "aten._fft_r2c", "castling_det_test.double"],
-)
+UNCOUNTED: dict[str, Callable[[Tensor], Tensor]] = {
+    "aten.mv": lambda x: x @ torch.ones(4),
+    "aten.dot": lambda x: x[0] @ x[1],
+    "aten._euclidean_dist": lambda x: torch.cdist(x, x),
+    "aten._trilinear": lambda x: F.bilinear(x, x, torch.ones(2, 4, 4)),
+    "aten._fft_r2c": lambda x: torch.fft.fft(x).real,
+    "castling_det_test.double": double,
+}
+
+
+class _Runs(nn.Linear):
+    """A known layer, and an operator behind it."""
+
+    operator = ""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return UNCOUNTED[self.operator](super().forward(x))
+
+
+@pytest.mark.parametrize("operator", UNCOUNTED)
 def test_an_operator_that_nobody_counts_is_named(operator: str) -> None:
-    model, x = nn.Sequential(nn.Linear(4, 4), _Runs(operator)), torch.randn(30, 4)
+    model, x = nn.Sequential(nn.Linear(4, 4), _Runs(4, 4)), torch.randn(30, 4)
+    model[1].operator = operator
     found = count_macs(model, x)
     assert found.macs == 2 * 30 * 16 and found.uncounted == (f"{operator} in 1",)
 
@@ -175,52 +150,27 @@ def test_calls_add_up_and_nothing_is_left_behind() -> None:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def _gfl(attention: str | None) -> Config:
-    """A tiny GFL: ResNet-18 and FPN, or CastlingViT."""
-    backbone: dict[str, Any] = dict(type="ResNet", depth=18, out_indices=(1, 2, 3), num_stages=4)
-    channels = [128, 256, 512]
-    if attention is not None:
-        backbone = dict(
-            type="castling_det.CastlingViT", embed_dims=32, depth=2, num_heads=2, patch_size=16, img_size=64,
-            attention=attention,
-        )  # fmt: skip
-        channels = [32]
-    strides = [8, 16, 32] if attention is None else [16]
-    anchors = dict(type="AnchorGenerator", ratios=[1.0], octave_base_scale=8, scales_per_octave=1, strides=strides)
-    head = dict(
-        type="GFLHead", num_classes=2, in_channels=16, feat_channels=16, stacked_convs=1, reg_max=4,
-        norm_cfg=dict(type="GN", num_groups=4), anchor_generator=anchors,
-        loss_cls=dict(type="QualityFocalLoss", use_sigmoid=True, beta=2.0, loss_weight=1.0),
-    )  # fmt: skip
-    model = dict(
-        type="GFL",
-        data_preprocessor=dict(type="DetDataPreprocessor", pad_size_divisor=32),
-        backbone=backbone,
-        neck=dict(type="FPN", in_channels=channels, out_channels=16, num_outs=len(channels)),
-        bbox_head=head,
-        test_cfg=dict(),
-    )
-    return Config(dict(model=model))
+def _tiny(attention: str) -> Config:
+    return Config.fromstring(CONFIG.format(seed=0, load_from=None, attention=attention), ".py")
 
 
-@pytest.mark.parametrize("attention", [None, "softmax", "linear", "castling"])
-def test_a_detector_equals_the_counter(attention: str | None) -> None:
+@pytest.mark.parametrize("attention", ["softmax", "linear", "castling"])
+def test_a_detector_equals_the_counter(attention: str) -> None:
     from mmdet.registry import MODELS
 
-    config = _gfl(attention)
+    config = _tiny(attention)
     found = detector_complexity(config, (64, 90), name="tiny")
     assert found.padded_shape == (64, 96)
     model = MODELS.build(config.model)
     assert found.macs == _counter_macs(model, torch.randn(1, 3, 64, 96), None, mode="tensor")
     assert math.isclose(found.gmacs, found.macs / 1e9)
     assert found.params == sum(found.params_by_part.values()) == sum(p.numel() for p in model.parameters())
-    assert set(found.macs_by_part) == set(found.params_by_part) == {"backbone", "neck", "bbox_head"}
-    assert sum(found.macs_by_part.values()) == sum(found.macs_by_kind.values()) == found.macs
-    assert found.macs_by_kind["head"] == found.macs_by_part["bbox_head"]
-    if attention is not None:
-        tokens, dim, depth = 4 * 6, 32, 2
-        assert found.macs_by_kind["attention"] == depth * 2 * tokens * dim * (tokens if attention == "softmax" else 16)
-        assert found.macs_by_kind["mlp"] == depth * 2 * tokens * dim * 4 * dim
+    parts, kinds = macs_by_part(found), found.macs_by_kind
+    assert set(parts) == set(found.params_by_part) == {"backbone", "neck", "bbox_head"}
+    assert sum(parts.values()) == sum(kinds.values()) == found.macs and kinds["head"] == parts["bbox_head"]
+    tokens, dim, depth = 4 * 6, 32, 2
+    assert kinds["attention"] == depth * 2 * tokens * dim * (tokens if attention == "softmax" else 16)
+    assert kinds["mlp"] == depth * 2 * tokens * dim * 4 * dim
 
 
 def test_the_callers_config_is_left_alone() -> None:
@@ -232,17 +182,27 @@ def test_the_callers_config_is_left_alone() -> None:
     assert first == second and json.dumps(config.model.to_dict()) == before
 
 
-def test_the_table_has_every_part_and_its_unit() -> None:
-    found = detector_complexity(_gfl("linear"), (64, 70), name="tiny.py")
-    text = table(found, by_module=True)
-    assert "gmacs" in text and "backbone.blocks.1.attn " in text and "64 x 70" in text and "padded to 64 x 96" in text
-    assert f"{found.params:,}" in text and f"{found.gmacs:.4f}" in text and "not counted" not in text
-
-
-def test_bad_shapes_and_configs_are_named(tmp_path: Path) -> None:
+def test_bad_shapes_and_configs_are_named() -> None:
+    config = _tiny("linear")
     with pytest.raises(ValueError, match=r"shape=\(0, 64\)"):
-        detector_complexity(_gfl(None), (0, 64))
-    broken = _gfl(None)
-    broken.model.backbone.type = "Nothing"
+        detector_complexity(config, (0, 64))
+    config.model.backbone.type = "Nothing"
     with pytest.raises(ValueError, match=r"model of tiny: cannot be built: .*Nothing"):
-        detector_complexity(broken, (64, 64), name="tiny")
+        detector_complexity(config, (64, 64), name="tiny")
+
+
+def test_the_tool(tool: Tool, tmp_path: Path) -> None:
+    write_test(tmp_path, mAP=0.1)
+    config, out = str(next(tmp_path.glob("*/vis_data/config.py"))), tmp_path / "out.json"
+    shape = ("--shape", "64", "80", "--json", str(out))
+    softmax = tool("complexity.py", config, *shape, "--modules")
+    assert softmax.returncode == 0, softmax.stderr
+    for text in ("64 x 80 pixels (height x width) padded to 64 x 96", "gmacs", "backbone.blocks.1.attn "):
+        assert text in softmax.stdout
+    assert "not counted" not in softmax.stdout
+    assert json.loads(out.read_text())["macs_by_kind"]["attention"] == 2 * 2 * (4 * 6) ** 2 * 32
+    linear = tool("complexity.py", config, *shape, "--cfg-options", "model.backbone.attention=linear")
+    assert linear.returncode == 0
+    assert json.loads(out.read_text())["macs_by_kind"]["attention"] == 2 * 2 * 24 * 32 * 16
+    missing = tool("complexity.py", str(tmp_path / "no.py"), "--shape", "64", "64")
+    assert missing.returncode == 1 and "no.py: no such file" in missing.stderr

@@ -14,8 +14,14 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from castling_det.report.bootstrap import draw_images, interval_of, mean_average_precisions
-from castling_det.report.evaluation import Annotations, evaluate_boxes, match_boxes
+from castling_det.report.evaluation import (
+    Annotations,
+    draw_images,
+    evaluate_boxes,
+    interval_of,
+    match_boxes,
+    mean_average_precisions,
+)
 from castling_det.report.records import METRICS, Counts
 from castling_det.report.runs import RunSpec, build_run, classes_of
 from tests.report.coco_sets import Rows, random_set, repeated
@@ -205,48 +211,41 @@ def _with(part: str, **fields: object) -> dict[str, Any]:
 
 
 ANNOTATIONS = {
-    "a list": [], "a number": 3, "a string": "x", "null": None, "empty": {}, "no images": {**GOOD, "images": None},
-    "images of numbers": {**GOOD, "images": [1]}, "images twice": {**GOOD, "images": GOOD["images"] * 2},
-    "categories twice": {**GOOD, "categories": GOOD["categories"] * 2}, "an object of images": {**GOOD, "images": {}},
-    "name null": _with("images", file_name=None), "name number": _with("images", file_name=3),
-    "id string": _with("images", id="1"), "id huge": _with("images", id=2**80), "id null": _with("categories", id=None),
-    "height string": _with("images", height="9"), "category name": _with("categories", name=["a"]),
-    "box short": _with("annotations", bbox=[1, 2, 3]), "box of strings": _with("annotations", bbox=["1"] * 4),
-    "box null": _with("annotations", bbox=None), "box huge": _with("annotations", bbox=[0, 0, 1e300, 1e300]),
-    "area string": _with("annotations", area="25"), "crowd string": _with("annotations", iscrowd="no"),
+    "a list": [3], "null": None, "empty": {}, "no images": {**GOOD, "images": None},
+    "images twice": {**GOOD, "images": GOOD["images"] * 2}, "an object of images": {**GOOD, "images": {}},
+    "categories twice": {**GOOD, "categories": GOOD["categories"] * 2}, "name null": _with("images", file_name=None),
+    "id huge": _with("images", id=2**80), "height string": _with("images", height="9"),
+    "category name": _with("categories", name=["a"]), "box short": _with("annotations", bbox=[1, 2, 3]),
+    "box huge": _with("annotations", bbox=[0, 0, 1e300, 1e300]), "crowd string": _with("annotations", iscrowd="no"),
     "image unknown": _with("annotations", image_id=7), "category unknown": _with("annotations", category_id=7),
 }  # fmt: skip
 RESULTS = {
-    "an object": {}, "a number": 1, "rows of lists": [[1]], "no score": [{**ROW, "score": None}], "row empty": [{}],
-    "score string": [{**ROW, "score": "0.5"}], "box short": [{**ROW, "bbox": [1]}],
-    "id list": [{**ROW, "image_id": []}],
+    "an object": {}, "rows of lists": [[1]], "no score": [{**ROW, "score": None}], "box short": [{**ROW, "bbox": [1]}],
     "id huge": [{**ROW, "image_id": 10**30}], "image unknown": [{**ROW, "image_id": 9}],
-    "box huge": [{**ROW, "bbox": [0, 0, 1e200, 1]}], "category unknown": [{**ROW, "category_id": 2}],
     "a segmentation": [{key: value for key, value in ROW.items() if key != "bbox"}],
 }  # fmt: skip
 BYTES = {
     "nothing": b"", "cut": b'{"images": [', "not text": b"\xff\xfe\x00", "mark": b"\xef\xbb\xbf{}", "NaN": b"[NaN]",
-    "utf-16": json.dumps(GOOD).encode("utf-16"), "deep": b"[" * 200_000, "half a pair": b'["\\ud800"]',
-    "infinite": b'[{"image_id": 1, "category_id": 1, "bbox": [1, 1, 1e999, 1], "score": 1}]',
+    "deep": b"[" * 200_000, "infinite": b'[{"image_id": 1, "category_id": 1, "bbox": [1, 1, 1e999, 1], "score": 1}]',
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("content", [*ANNOTATIONS.values(), *BYTES.values()], ids=[*ANNOTATIONS, *BYTES])
-def test_a_malformed_annotation_file_gives_one_line(tmp_path: Path, content: object) -> None:
-    path = tmp_path / "val.json"
+@pytest.mark.parametrize("kind", ["annotations", "results"])
+@pytest.mark.parametrize("content", [*ANNOTATIONS.values(), *RESULTS.values(), *BYTES.values()],
+                         ids=[*ANNOTATIONS, *RESULTS, *BYTES])  # fmt: skip
+def test_a_malformed_file_gives_one_line(tmp_path: Path, kind: str, content: object) -> None:
+    """Annotations raise it; a results file is a failed run with it. Neither form passes as the other."""
+    path, good = tmp_path / "file.json", Annotations(dump(tmp_path / "val.json", GOOD))
     path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
-    with pytest.raises(ValueError, match=r"^\S*val\.json: ") as error:
-        Annotations(path)
-    assert "\n" not in str(error.value) and len(str(error.value)) < 500
-
-
-@pytest.mark.parametrize("content", [*RESULTS.values(), *BYTES.values()], ids=[*RESULTS, *BYTES])
-def test_a_malformed_results_file_is_a_failed_run_with_one_line(tmp_path: Path, content: object) -> None:
-    annotations = Annotations(dump(tmp_path / "val.json", GOOD))
-    path = tmp_path / "results.json"
-    path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
-    run = build_run(RunSpec("a", None, predictions=path), annotations=annotations)
-    assert not run.ok and run.reason is not None and "\n" not in run.reason and "results.json: " in run.reason
+    if kind == "annotations":
+        with pytest.raises(ValueError, match="file") as error:
+            Annotations(path)
+        said = str(error.value)
+    else:
+        run = build_run(RunSpec("a", None, predictions=path), annotations=good)
+        assert not run.ok
+        said = str(run.reason)
+    assert "file.json: " in said and "\n" not in said and len(said) < 500
 
 
 @pytest.mark.parametrize("place", ["a folder", "nothing", "a device"])

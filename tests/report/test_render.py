@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from castling_det.report.build import build_report, read_latency
-from castling_det.report.compare import summaries
+from castling_det.report.build import build_report
 from castling_det.report.evaluation import Annotations
-from castling_det.report.records import RunRecord, Series, read_report
+from castling_det.report.records import RunRecord, Series, read_report, summaries
 from castling_det.report.render import headline, html_page, markdown, write_report
 from castling_det.report.runs import RunSpec, final_loss
 from tests.report.conftest import Demo
 from tests.report.samples import dump, make_report, make_run, write_data
 from tools.dev.tables import loss_table
+from tools.report import read_latency
 
 
 def cells(text: str) -> dict[str, list[str]]:
@@ -44,23 +44,19 @@ def test_the_markdown_holds_the_table(demo: Demo) -> None:
 
 def test_differences_are_paired_by_seed() -> None:
     scores = (("softmax", 0, 0.2), ("softmax", 1, 0.4), ("deploy", 1, 0.45), ("deploy", 0, 0.23))
-    difference = summaries(make_report(*(make_run(*score) for score in scores)))[1].difference
+    difference = summaries(make_report(*(make_run(*score) for score in scores)))[1].differences["mAP"]
     assert difference is not None and difference.mean == pytest.approx(0.04)
     assert difference.std == pytest.approx(0.01414, rel=1e-3)
     without_seeds = make_report(*(make_run(name, None, mAP) for name, _, mAP in scores))
-    difference = summaries(without_seeds)[1].difference
+    difference = summaries(without_seeds)[1].differences["mAP"]
     assert difference is not None and difference.mean == pytest.approx(0.04) and difference.std is None
 
 
 def test_a_mean_that_would_leave_a_seed_out_is_not_given() -> None:
     lacking = make_run("deploy", 1, 0.4, metrics={"mAP": 0.4, "mAP50": None})
     report = make_report(make_run("softmax", 0, 0.2), make_run("deploy", 0, 0.3), lacking)
-    assert set(summaries(report)[1].metrics) == {"mAP"} and cells(headline(report))["deploy"][3] == "-"
-
-
-def test_one_seed_has_no_spread() -> None:
-    table = cells(headline(make_report(make_run("softmax", 0, 0.2), make_run("deploy", 0, 0.25))))
-    assert table["softmax"][1:3] == ["0.200", "baseline"] and table["deploy"][1:3] == ["0.250", "+0.050"]
+    spreads = summaries(report)[1].spreads
+    assert spreads["mAP"] and spreads["mAP50"] is None and cells(headline(report))["deploy"][3] == "-"
 
 
 def test_a_failed_run_says_so_everywhere(tmp_path: Path) -> None:
@@ -68,7 +64,7 @@ def test_a_failed_run_says_so_everywhere(tmp_path: Path) -> None:
     report = make_report(*(make_run(*score) for score in scores))
     write_report(tmp_path, report)
     text, page = (tmp_path / "report.md").read_text(), (tmp_path / "index.html").read_text()
-    assert cells(text)["deploy"][:2] == ["1 (FAILED: 1)", "0.300"]
+    assert cells(text)["deploy"][:3] == ["1 (FAILED: 1)", "0.300", "+0.100"], "one seed has no spread"
     assert cells(text)["linear"][:2] == ["0 (FAILED: 1)", "-"]
     assert "- deploy (seed 1): FAILED: it \\| broke badly &lt;here>" in text
     assert text.count("FAILED |") == 2, "each has its row"
@@ -78,13 +74,10 @@ def test_a_failed_run_says_so_everywhere(tmp_path: Path) -> None:
     assert "FAILED" not in markdown(good) + html_page(good), "the control: nothing failed, nothing says so"
 
 
-def test_the_final_loss_is_the_mean_of_the_last_quarter() -> None:
+def test_the_final_loss_is_the_mean_of_the_last_quarter_or_none_where_it_is_not_finite() -> None:
     assert final_loss(Series((10, 80, 90, 100), (5.0, 1.0, 2.0, 6.0))) == 3.0
-
-
-@pytest.mark.parametrize("series", [Series(), Series((50, 100), (1.0, None)), Series((80, 100), (1.0, None))])
-def test_no_loss_and_one_that_is_not_finite_are_none(series: Series) -> None:
-    assert final_loss(series) is None
+    for series in (Series(), Series((50, 100), (1.0, None)), Series((80, 100), (1.0, None))):
+        assert final_loss(series) is None
 
 
 def test_losses_are_compared_with_the_same_seed_and_without_failed_runs() -> None:

@@ -10,9 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from castling_det.report.bootstrap import draw_images, mean_average_precisions
 from castling_det.report.build import build_report, with_costs
-from castling_det.report.evaluation import Annotations
+from castling_det.report.evaluation import Annotations, draw_images, mean_average_precisions
 from castling_det.report.records import Counts, Report
 from castling_det.report.render import html_page, markdown
 from castling_det.report.runs import RunSpec, build_run
@@ -86,10 +85,6 @@ def test_a_results_file_of_other_data_is_a_failed_row(tmp_path: Path) -> None:
         assert [run.name for run in report.failed] == ["b"]
         assert f"{field.removesuffix('_id')} ids [{value}] are not in" in str(report.failed[0].reason)
         assert "b: FAILED" in markdown(report)
-    bad.write_text('[{"image_id": 1}]')
-    assert "missing required field `category_id`" in str(
-        build_run(RunSpec.parse(f"b={bad}"), annotations=annotations).reason
-    )
     lost = build_run(RunSpec.parse(f"b={tmp_path / 'none.json'}"), annotations=annotations)
     assert "none.json: not readable as a COCO results file" in str(lost.reason)
     assert "need the annotations" in str(build_run(RunSpec.parse(f"b={good}")).reason)
@@ -184,10 +179,10 @@ def test_a_detector_that_cannot_be_counted_keeps_its_scores_and_says_so(tmp_path
     write_test(tmp_path / "test", mAP=0.2)
     config = next((tmp_path / "test").glob("*/vis_data/config.py"))
     config.write_text(config.read_text().replace('type="FPN"', 'type="NoSuchNeck"'))
-    run = with_costs(build_run(RunSpec("a", tmp_path)), (64, 64), {}, {})
+    run = with_costs(build_run(RunSpec("a", tmp_path)), (64, 64), {})
     assert run.ok and "cannot be built" in run.notes[0] and "NoSuchNeck" in run.notes[0]
     config.write_text(config.read_text().replace('type="NoSuchNeck"', 'type="FPN"'))
-    run = with_costs(build_run(RunSpec("a", tmp_path)), (0, 64), {}, {})
+    run = with_costs(build_run(RunSpec("a", tmp_path)), (0, 64), {})
     assert run.ok and run.gmacs is None and "shape=(0, 64)" in run.notes[0]
     report = make_report(dataclasses.replace(run, name="softmax"), dataclasses.replace(run, name="deploy"))
     for text in (markdown(report), html_page(report)):
@@ -203,21 +198,11 @@ def test_a_run_argument() -> None:
     assert RunSpec.parse("a=b").test == Path("b/test")
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "a",
-        "=b",
-        "a=",
-        "a=b,tests=t",
-        "a=b,test",
-        "a=b,test=",
-        "a=b,seed=x",
-        "a=b,seed=²",
-        "a=b,seed=1,seed=2",
-        "a=b.pth,checkpoint=c",
-    ],
-)
+WRONG = ["a", "=b", "a=", "a=b,tests=t", "a=b,test", "a=b,test=", "a=b,seed=x", "a=b,seed=²", "a=b,seed=1,seed=2",
+         "a=b.pth,checkpoint=c"]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", WRONG)
 def test_a_wrong_run_argument_is_named(text: str) -> None:
     with pytest.raises(ValueError, match="--run"):
         RunSpec.parse(text)

@@ -47,7 +47,7 @@ class _Metric(BaseMetric):
         return {"bbox_mAP": 0.123, "bbox_mAP_50": 0.3, "bbox_mAP_s": -1.0}
 
 
-def _train(work_dir: Path, by_epoch: bool, length: int, *, resume: bool = False) -> Runner:
+def _train(work_dir: Path, by_epoch: bool, length: int) -> Runner:
     """26 samples in batches of two: 13 iterations an epoch, logged every fifth."""
     loader = dict(
         batch_size=2, num_workers=0, dataset=[torch.ones(2)] * 26, sampler=dict(type="DefaultSampler", shuffle=False)
@@ -61,7 +61,7 @@ def _train(work_dir: Path, by_epoch: bool, length: int, *, resume: bool = False)
         default_hooks=dict(logger=dict(type="LoggerHook", interval=5), checkpoint=checkpoint),
         log_processor=dict(by_epoch=by_epoch),
         visualizer=dict(type="Visualizer", vis_backends=[dict(type="LocalVisBackend")]),
-        resume=resume, randomness=dict(seed=3), experiment_name=f"{work_dir.name}_{length}_{resume}",
+        randomness=dict(seed=3), experiment_name=f"{work_dir.name}_{length}",
         cfg=Config(dict(randomness=dict(seed=3), load_from="a.pth", work_dir=str(work_dir))),
     )  # fmt: skip
     runner.train()
@@ -129,37 +129,23 @@ def test_a_row_cut_short_by_a_kill_is_left_out_and_a_damaged_one_is_named(tmp_pa
     write_session(tmp_path, "20260101_100000", range(10, 51, 10))
     path = tmp_path / "20260101_100000" / "vis_data" / "scalars.json"
     text = path.read_text()
-    path.write_text(text + '{"loss": 0.3, "it')
-    assert read_training_log(tmp_path).scalars["loss"].steps == (10, 20, 30, 40, 50)
+    path.write_text(text + '{"loss": NaN, "iter": 51, "step": 51}\n{"loss": 0.3, "it')
+    loss = read_training_log(tmp_path).scalars["loss"]
+    assert loss.steps == (10, 20, 30, 40, 50, 51) and loss.values[-1] is None, "a loss that is not finite is None"
     for damaged in ("{broken", "3", '{"step": "a"}', '{"iter": null}', "[" * 100_000):
         path.write_text(f"{damaged}\n{text}")
         with pytest.raises(ValueError, match=r"scalars\.json, line 1: not a JSON object"):
             read_training_log(tmp_path)
 
 
-def test_a_loss_that_is_not_finite_is_none(tmp_path: Path) -> None:
-    folder = tmp_path / "20260101_100000" / "vis_data"
-    folder.mkdir(parents=True)
-    (folder / "scalars.json").write_text('{"loss": 1.0, "iter": 1, "step": 1}\n{"loss": NaN, "iter": 2, "step": 2}\n')
-    assert read_training_log(tmp_path).scalars["loss"].values == (1.0, None)
-
-
-def test_an_empty_folder_has_no_training(tmp_path: Path) -> None:
+def test_the_newest_test_counts_and_one_without_figures_names_the_fix(tmp_path: Path) -> None:
     log = read_training_log(tmp_path)
-    assert log.scalars == {} and log.iterations is None and log.seconds is None
-
-
-def test_the_newest_test_counts(tmp_path: Path) -> None:
-    write_test(tmp_path, mAP=0.1, time="20260101_120000")
-    write_test(tmp_path, mAP=0.2, time="20260102_090000")
-    assert read_test_metrics(tmp_path)["mAP"] == 0.2
-    assert read_test_metrics(tmp_path)["mAP_l"] is None
-
-
-def test_missing_or_broken_results_name_the_file_and_the_fix(tmp_path: Path) -> None:
+    assert log.scalars == {} and log.iterations is None and log.seconds is None, "an empty folder has no training"
     with pytest.raises(ValueError, match=r"no <time>/<time>\.json.*run tools/test\.py"):
         read_test_metrics(tmp_path)
+    write_test(tmp_path, mAP=0.2, time="20251231_090000")
     write_test(tmp_path, mAP=0.1)
+    assert read_test_metrics(tmp_path)["mAP"] == 0.1 and read_test_metrics(tmp_path)["mAP_l"] is None
     path = tmp_path / "20260101_120000" / "20260101_120000.json"
     path.write_text('{"data_time": 0.1}')
     with pytest.raises(ValueError, match=r"120000\.json: no box mAP; .*found nothing at all"):

@@ -75,8 +75,7 @@ def predict(file: Path, annotations: Path, images: Path, out: Path, *, tile: int
 def draws(annotations: Path, results: Path, out: Path, classes: Sequence[str]) -> None:
     """Writes the mAP of all pages (first) and of `RESAMPLES` draws of pages, and the mAP50 of all."""
     from castling_det.files import atomic_write
-    from castling_det.report.bootstrap import draw_images, mean_average_precisions
-    from castling_det.report.evaluation import Annotations, evaluate_boxes
+    from castling_det.report.evaluation import Annotations, draw_images, evaluate_boxes, mean_average_precisions
 
     known = Annotations(annotations, classes=classes)
     found = known.results(results)

@@ -21,8 +21,7 @@ BLOCK = re.compile(r"(<!-- begin table (\w+):[^\n]*-->\n).*?(<!-- end table -->)
 sys.path.insert(0, str(ROOT))
 
 from castling_det.files import write_text  # noqa: E402
-from castling_det.report.compare import summaries  # noqa: E402
-from castling_det.report.records import Report, read_report  # noqa: E402
+from castling_det.report.records import Report, read_report, summaries  # noqa: E402
 from castling_det.report.render import headline, markdown_table  # noqa: E402
 from tests.robustness.records import crash_markdown, fuzz_markdown, read_crashes, read_fuzz  # noqa: E402
 from tools.benchmarks.attention import ratios_markdown, read_benchmark  # noqa: E402
@@ -76,9 +75,9 @@ def loss_table(report: Report) -> str:
     """
     body = []
     for found in summaries(report):
-        loss = found.loss.text() if found.loss else "-"
-        gain = found.loss_difference.text("+") if found.loss_difference else "-"
-        body.append([found.name, str(found.seeds), loss, "baseline" if found.name == report.baseline else gain])
+        loss, gain = found.spreads["loss"], found.differences["loss"]
+        difference = "baseline" if found.name == report.baseline else gain.text("+") if gain else "-"
+        body.append([found.name, str(found.seeds), loss.text() if loss else "-", difference])
     return "\n".join(markdown_table(("run", "seeds", "loss", f"loss - {report.baseline}"), body)) + "\n"
 
 
