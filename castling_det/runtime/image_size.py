@@ -31,7 +31,7 @@ def declared_hw(content: bytes) -> tuple[int, int]:
             height, width = _webp_hw(content)
         else:
             raise ValueError("no BMP, JPEG, PNG, TIFF or WebP file")
-    except (struct.error, IndexError, KeyError):
+    except (struct.error, IndexError, KeyError, OverflowError):
         raise ValueError("no size in its header") from None
     return height, width
 

@@ -147,11 +147,14 @@ def read_image(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) ->
         problem = f"not an image that OpenCV reads, or damaged ({error})"
         raise UnreadableImage(f"{path}: {problem}; copy it again or convert it to PNG") from None
     _check_size(declared, str(path), max_pixels)
+    level = cv2.setLogLevel(0)  # OpenCV prints lines about a damaged file; ours is the one that counts
     try:
         image = cv2.imdecode(np.frombuffer(content, dtype=np.uint8), cv2.IMREAD_COLOR)
     except cv2.error:
         # OpenCV's own limit on pixels, or a header that promises more than the file has.
         image = None
+    finally:
+        cv2.setLogLevel(level)
     if image is None:
         raise UnreadableImage(f"{path}: not an image that OpenCV reads, or damaged; copy it again or convert it to PNG")
     return check_image(image, str(path), max_pixels=max_pixels)
