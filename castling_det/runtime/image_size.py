@@ -20,7 +20,7 @@ def declared_hw(content: bytes) -> tuple[int, int]:
     """Height and width of a BMP, JPEG, PNG, TIFF (first page) or WebP file; ValueError where there are none."""
     try:
         if content.startswith(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"):
-            width, height = struct.unpack_from(">II", content, 16)
+            height, width = _png_hw(content)
         elif content.startswith(b"\xff\xd8\xff"):
             height, width = _jpeg_hw(content)
         elif content.startswith(b"BM"):
@@ -59,6 +59,19 @@ def _jpeg_hw(content: bytes) -> tuple[int, int]:
             break
         at += 1 + max(length, 2)
     raise IndexError
+
+
+def _png_hw(content: bytes) -> tuple[int, int]:
+    at, kind = 8, b""
+    while kind != b"IEND":  # OpenCV makes room for a chunk before it looks for its bytes
+        length, kind = struct.unpack_from(">I4s", content, at)
+        if kind in (b"acTL", b"fcTL", b"fdAT"):  # a damaged one ends the process in OpenCV 4.12
+            raise ValueError("an animation")
+        at += 12 + length
+    if at > len(content):
+        raise IndexError
+    width, height = struct.unpack_from(">II", content, 16)
+    return height, width
 
 
 def _tiff_hw(content: bytes) -> tuple[int, int]:

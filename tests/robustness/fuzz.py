@@ -211,8 +211,10 @@ def _build(tree: Path, entries: list[tuple[str, str]]) -> None:
 @cache
 def _encoded() -> dict[str, bytes]:
     """A small image in the formats that detection reads."""
+    moving = {"save_all": True, "append_images": [Image.fromarray(photo(seed=1))]}
     options: dict[str, dict[str, Any]] = {
-        "PNG": {}, "JPEG": {}, "progressive": {"format": "JPEG", "progressive": True}, "BMP": {}, "TIFF": {},
+        "PNG": {}, "APNG": {"format": "PNG", **moving}, "moving": {"format": "WEBP", **moving},
+        "JPEG": {}, "progressive": {"format": "JPEG", "progressive": True}, "BMP": {}, "TIFF": {},
         "packed": {"format": "TIFF", "compression": "tiff_lzw"}, "BigTIFF": {"format": "TIFF", "big_tiff": True},
         "WEBP": {}, "lossless": {"format": "WEBP", "lossless": True},
         "extended": {"format": "WEBP", "exif": b"Exif\0\0II*\0" + bytes(20)},

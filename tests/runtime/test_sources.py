@@ -160,10 +160,12 @@ def tiled_tiff(side):
         (b"\xff\xd8\xff\xd0" + bytes(99), "no size in its header"),
         (b"MM\0*\x7f\xff\xff\xff" + bytes(99), "no size in its header"),
         (saved(photo()[..., 0].astype(np.float32), format="TIFF"), "32 bits a channel"),
+        (saved(photo(), format="PNG", save_all=True, append_images=[Image.fromarray(photo(seed=1))]), "an animation"),
+        (saved(photo(), format="PNG").replace(b"IDAT", b"IDAT" * 2, 1), "no size in its header"),
         (saved(photo(), format="JPEG") + b"\xff\xda" * 100, "more than 100 scans"),
         (tiled_tiff(20_000), "20000 x 20000 pixels"),
     ],
-    ids=["PPM", "GIF", "WebP", "JPEG", "TIFF", "32 bits", "scans", "tile"],
+    ids=["PPM", "GIF", "WebP", "JPEG", "TIFF", "32 bits", "APNG", "PNG chunk", "scans", "tile"],
 )
 def test_what_a_decoder_may_not_be_given(tmp_path, content, message, monkeypatch):
     (tmp_path / "photo.png").write_bytes(content)
