@@ -43,7 +43,7 @@ class ModelMetadata:
     input_size: tuple[Side, Side] | None
     """Height and width of the resize, None without one."""
     keep_ratio: bool
-    pipeline: tuple[Step, ...]
+    pipeline: Annotated[tuple[Step, ...], Meta(max_length=16)]
     score_thr: float
     nms_iou: float | None
     max_per_img: int

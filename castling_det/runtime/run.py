@@ -66,7 +66,7 @@ def detect_source(
             for frame, found in _detected(detector, batch):
                 if frame.image is None or found is None:
                     skipped += frame.missing
-                    print(f"skipped: {frame.problem}", file=sys.stderr)
+                    print(f"skipped: {_on_one_line(frame.problem)}", file=sys.stderr)
                     continue
                 predictions.add(frame.name, frame.image.shape[:2], found)
                 detections += len(found)
@@ -161,6 +161,11 @@ def _detected(detector: Detector, batch: list[Frame]) -> list[tuple[Frame, Detec
             return [(Frame(batch[0].name, None, f"{batch[0].name}: {error}", missing=1), None)]
         return [pair for frame in batch for pair in _detected(detector, [frame])]
     return [(frame, None if frame.image is None else next(results)) for frame in batch]
+
+
+def _on_one_line(text: str) -> str:
+    """A file's name may hold line breaks, or what a terminal takes for a command."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 def _picture_path(out: Path, name: str) -> Path:

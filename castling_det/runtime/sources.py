@@ -5,7 +5,6 @@ from __future__ import annotations
 import glob
 import os
 import stat
-import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import cv2
 import numpy as np
 
 from castling_det.runtime.detections import Image
+from castling_det.runtime.image_size import declared_hw
 
 __all__ = ["Frame", "ImageFiles", "UnreadableImage", "Video", "check_image", "open_source", "read_image"]
 
@@ -142,16 +142,19 @@ def read_image(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) ->
         raise UnreadableImage(f"{path}: cannot be read ({error.strerror})") from None
     # A few kilobytes can unpack to gigabytes: the size in the header is checked before.
     try:
-        declared = _declared_hw(content)
+        declared = declared_hw(content)
     except ValueError as error:
         problem = f"not an image that OpenCV reads, or damaged ({error})"
         raise UnreadableImage(f"{path}: {problem}; copy it again or convert it to PNG") from None
     _check_size(declared, str(path), max_pixels)
+    level = cv2.setLogLevel(0)  # OpenCV prints lines about a damaged file; ours is the one that counts
     try:
         image = cv2.imdecode(np.frombuffer(content, dtype=np.uint8), cv2.IMREAD_COLOR)
     except cv2.error:
         # OpenCV's own limit on pixels, or a header that promises more than the file has.
         image = None
+    finally:
+        cv2.setLogLevel(level)
     if image is None:
         raise UnreadableImage(f"{path}: not an image that OpenCV reads, or damaged; copy it again or convert it to PNG")
     return check_image(image, str(path), max_pixels=max_pixels)
@@ -178,63 +181,3 @@ def _check_size(hw: tuple[int, ...], name: str, max_pixels: int) -> None:
             f"{name}: {hw[0]} x {hw[1]} pixels: expected at least one and at most {max_pixels:,} in all; resize it or "
             "raise max_pixels (--max-pixels)"
         )
-
-
-def _declared_hw(content: bytes) -> tuple[int, int]:
-    """Height and width in the header of a BMP, JPEG, PNG, TIFF or WebP file; ValueError where there are none."""
-    try:
-        if content.startswith(b"\x89PNG"):
-            width, height = struct.unpack_from(">II", content, 16)
-        elif content.startswith(b"\xff\xd8"):
-            height, width = _jpeg_hw(content)
-        elif content.startswith(b"BM"):
-            old = content[14] == 12
-            width, height = struct.unpack_from("<HH" if old else "<ii", content, 18)
-        elif content[:2] in (b"II", b"MM"):
-            height, width = _tiff_hw(content)
-        elif content[8:15] == b"WEBPVP8":
-            height, width = _webp_hw(content)
-        else:
-            raise ValueError("no BMP, JPEG, PNG, TIFF or WebP file")
-    except (struct.error, IndexError, KeyError):
-        raise ValueError("no size in its header") from None
-    return abs(height), abs(width)  # a BMP may count from the top
-
-
-def _jpeg_hw(content: bytes) -> tuple[int, int]:
-    at = 2
-    while content[at] == 0xFF:
-        marker, length, height, width = struct.unpack_from(">BHxHH", content, at + 1)
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            return height, width
-        at += 2 + length
-    raise IndexError
-
-
-def _tiff_hw(content: bytes) -> tuple[int, int]:
-    """Of the first image in the file, in TIFF or BigTIFF."""
-    order = "<" if content.startswith(b"II") else ">"
-    (version,) = struct.unpack_from(order + "H", content, 2)
-    start, count, entry, value, length = {42: ("4xI", "H", "HHI", 8, 12), 43: ("8xQ", "Q", "HHQ", 12, 20)}[version]
-    (at,) = struct.unpack_from(order + start, content)
-    (entries,) = struct.unpack_from(order + count, content, at)
-    at += struct.calcsize(order + count)
-    size = {}
-    for place in range(at, at + min(entries, 4096) * length, length):
-        tag, kind, _ = struct.unpack_from(order + entry, content, place)
-        if tag in (256, 257):  # width, height
-            form = {1: "B", 3: "H", 4: "I", 16: "Q"}[kind]
-            (size[tag],) = struct.unpack_from(order + form, content, place + value)
-    return size[257], size[256]
-
-
-def _webp_hw(content: bytes) -> tuple[int, int]:
-    kind = content[15:16]
-    if kind == b"X":  # extended: two numbers of 24 bits
-        width, height = (int.from_bytes(content[at : at + 3], "little") for at in (24, 27))
-        return height + 1, width + 1
-    if kind == b"L":  # lossless: two numbers of 14 bits
-        (bits,) = struct.unpack_from("<I", content, 21)
-        return (bits >> 14 & 0x3FFF) + 1, (bits & 0x3FFF) + 1
-    width, height = struct.unpack_from("<HH", content, 26)
-    return height & 0x3FFF, width & 0x3FFF

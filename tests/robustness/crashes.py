@@ -33,7 +33,8 @@ from PIL import Image
 
 from castling_det.conversion import load_checkpoint
 from castling_det.report.records import this_machine
-from tests.robustness.records import CrashReport, CrashTarget, crash_markdown, write_crashes
+from tests.robustness.records import Target as Outcome
+from tests.robustness.records import Trials, trials_markdown, write_trials
 
 ROOT = Path(__file__).resolve().parents[2]
 STUDY = ROOT / "work_dirs" / "study" / "seed0"
@@ -42,6 +43,7 @@ SHORT = (
     "train_cfg.max_iters=24 train_cfg.val_interval=12 default_hooks.checkpoint.interval=4 randomness.seed=0 "
     "default_hooks.logger.interval=4 train_dataloader.batch_size=1 val_dataloader.dataset.indices=2"
 )
+COUNTS = ("kills", "finished after it", "same result", "temporary files left")
 _PASSING = re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d(:\d\d)?(\+\d\d:\d\d|Z)?|\b[0-9a-f]{40}(\+changes)?")
 """Times, and the commit of a checkout that people work in."""
 
@@ -201,7 +203,7 @@ def finish(process: BaseProcess, folder: Path) -> None:
         raise RuntimeError(f"exit code {process.exitcode}: {folder.with_suffix('.log').read_text()[-3000:]}")
 
 
-def crash_target(target: Target, *, kills: int, seed: int, folder: Path) -> CrashTarget:
+def crash_target(target: Target, *, kills: int, seed: int, folder: Path) -> Outcome:
     """Kills one command `kills` times, each time in a new folder, and starts it again."""
     rng, reference = random.Random(f"{seed}:{target.name}"), folder / "reference"
     reference.mkdir(parents=True)
@@ -238,7 +240,8 @@ def crash_target(target: Target, *, kills: int, seed: int, folder: Path) -> Cras
         equal += not differing
         bad += [f"{number}: another result in {', '.join(differing[:5])}"] if differing else []
         leftovers += sum(1 for path in part.rglob(".*.part"))
-    return CrashTarget(target.name, killed, finished, equal, leftovers, tuple(bad))
+    counts = (killed, finished, equal, leftovers)
+    return Outcome(target.name, dict(zip(COUNTS, counts, strict=True)), tuple(bad))
 
 
 def load_libraries() -> None:
@@ -271,11 +274,11 @@ def main() -> int:
             records.append(record)
             print(record, flush=True)
     command = shlex.join(["python", "-m", "tests.robustness.crashes", *sys.argv[1:]])
-    report = CrashReport(command, args.seed, round(time.monotonic() - began, 1), this_machine(), tuple(records))
-    print(crash_markdown(report))
+    report = Trials(command, args.seed, round(time.monotonic() - began, 1), this_machine(), tuple(records))
+    print(trials_markdown(report))
     if args.out:
-        write_crashes(args.out, report)
-    return int(any(record.bad or record.equal < record.kills for record in records))
+        write_trials(args.out, report)
+    return int(any(record.failures or record.counts["same result"] < record.counts["kills"] for record in records))
 
 
 if __name__ == "__main__":

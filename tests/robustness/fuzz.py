@@ -1,7 +1,8 @@
 """Feeds the readers with mutations of valid files: `python -m tests.robustness.fuzz --cases 100000`.
 
-The only outcomes allowed are that a file is read, or that a ValueError or OSError names it. Every case follows from
-seed, reader and number alone, so that one can be had again with --only READER:NUMBER.
+The only outcomes allowed are that a file is read, or that a ValueError or OSError names it, within 10 seconds and
+300 MB. Cases run in child processes with limits of their own. Every case follows from seed, reader and number alone, so
+that one can be had again with --only READER:NUMBER.
 """
 
 from __future__ import annotations
@@ -9,32 +10,58 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
 import random
+import resource
 import shlex
+import shutil
 import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from mmdet.datasets import CocoDataset
+from PIL import Image
 from safetensors.torch import save
 
 from castling_det.conversion import load_checkpoint, select_weights
 from castling_det.datasets.checks import check_annotation_file, raise_for_problems
+from castling_det.report.evaluation import Annotations, evaluate_boxes
 from castling_det.report.records import this_machine
+from castling_det.runtime.detections import Detections
+from castling_det.runtime.metadata import PREFIX, ModelMetadata
+from castling_det.runtime.onnx_detector import OnnxDetector
+from castling_det.runtime.run import detect_source
+from castling_det.runtime.sources import open_source, read_image
 from tests.datasets.test_dataset_checks import sound
 from tests.robustness.hostile_files import saved
-from tests.robustness.mutations import mutated_bytes, mutated_json, mutated_pickle, mutated_safetensors
-from tests.robustness.records import FuzzReport, FuzzTarget, write_fuzz
+from tests.robustness.mutations import (
+    any_folder,
+    mutated_bytes,
+    mutated_entries,
+    mutated_header,
+    mutated_json,
+    mutated_pickle,
+    mutated_safetensors,
+)
+from tests.robustness.records import Target, Trials, trials_markdown, write_trials
+from tests.runtime.conftest import METADATA, photo, spot_model
 
-SECONDS_A_CASE = 20
+SECONDS_A_CASE = 10
+MEGABYTES_A_CASE = 300
+BATCH = 2500
+"""Cases of one child process."""
 Mutation = Callable[[bytes, random.Random], bytes]
 
 
@@ -99,6 +126,107 @@ def _load_as_the_host_does(path: Path) -> None:
     )
 
 
+def _read_metadata(path: Path) -> None:
+    detector = _spot()
+    detector.path, detector.info = path, ModelMetadata.from_properties(json.loads(path.read_bytes()), str(path))
+    detector.classes = detector.info.classes
+    detector.detect([photo()])
+
+
+@cache
+def _spot() -> OnnxDetector:
+    with tempfile.TemporaryDirectory() as folder:
+        return OnnxDetector(spot_model(Path(folder, "spot.onnx")))
+
+
+def _read_results(path: Path) -> None:
+    truth = _truth(path.parent)
+    evaluate_boxes(truth.document, truth.results(path))
+
+
+@cache
+def _truth(folder: Path) -> Annotations:
+    path = folder / "truth.json"
+    path.write_text(json.dumps(sound(images=2, boxes=2)))
+    return Annotations(path)
+
+
+def _read_truth(path: Path) -> None:
+    truth = Annotations(path)
+    boxes = [{**box, "score": 0.5} for box in truth.document["annotations"]]
+    if boxes:
+        evaluate_boxes(truth.document, boxes)
+
+
+def _read_image(path: Path) -> None:
+    image = read_image(path, max_pixels=10**6)
+    assert image.size <= 3 * 10**6 and image.dtype == np.uint8
+
+
+def _read_folder(path: Path) -> None:
+    """Whatever lies in the folder: detection takes it, or says on one line that it does not, and writes the rest."""
+    tree, out = Path(f"{path}.tree"), Path(f"{path}.out")
+    for old in (tree, out):
+        shutil.rmtree(old, ignore_errors=True)
+    _build(tree, json.loads(path.read_bytes()))
+    source = open_source(str(tree))
+    with redirect_stderr(io.StringIO()) as said:
+        outcome = detect_source(_NOTHING, source, out)  # type: ignore[arg-type]
+    assert outcome.images + outcome.skipped == source.total
+    assert len(said.getvalue().splitlines()) == outcome.skipped
+    if outcome.images:
+        written = json.loads((out / "images.json").read_bytes())["images"]
+        pictures = os.listdir(out / "pictures")
+        assert sorted(image["file_name"] for image in written) == sorted(pictures) and len(pictures) == outcome.images
+
+
+_NOTHING = SimpleNamespace(
+    classes=("x",),
+    batch_size=3,
+    detect=lambda images: [Detections(np.zeros((0, 4)), np.zeros(0), np.zeros(0, int), ("x",)) for _ in images],
+    draw=lambda image, found: image,
+)
+
+
+def _build(tree: Path, entries: list[tuple[str, str]]) -> None:
+    tree.mkdir()
+    for name, kind in entries:
+        path = tree / name
+        if os.path.lexists(path):
+            continue
+        match kind:
+            case "folder":
+                path.mkdir()
+            case "pipe":
+                os.mkfifo(path)
+            case "loop":
+                path.symlink_to(path)
+            case "device" | "gone":
+                path.symlink_to({"device": "/dev/zero", "gone": "/gone.png"}[kind])
+            case _:
+                content = _encoded()["PNG"]
+                path.write_bytes({"image": content, "cut": content[:99], "empty": b""}[kind])
+
+
+@cache
+def _encoded() -> dict[str, bytes]:
+    """A small image in the formats that detection reads."""
+    moving = {"save_all": True, "append_images": [Image.fromarray(photo(seed=1))]}
+    options: dict[str, dict[str, Any]] = {
+        "PNG": {}, "APNG": {"format": "PNG", **moving}, "moving": {"format": "WEBP", **moving},
+        "JPEG": {}, "progressive": {"format": "JPEG", "progressive": True}, "BMP": {}, "TIFF": {},
+        "packed": {"format": "TIFF", "compression": "tiff_lzw"}, "BigTIFF": {"format": "TIFF", "big_tiff": True},
+        "WEBP": {}, "lossless": {"format": "WEBP", "lossless": True},
+        "extended": {"format": "WEBP", "exif": b"Exif\0\0II*\0" + bytes(20)},
+    }  # fmt: skip
+    found = {}
+    for name, chosen in options.items():
+        buffer = io.BytesIO()
+        Image.fromarray(photo()).save(buffer, **{"format": name, **chosen})
+        found[name] = buffer.getvalue()
+    return found
+
+
 def readers() -> dict[str, Reader]:
     """By name. The files are of fixed random numbers."""
     torch.manual_seed(0)
@@ -106,6 +234,8 @@ def readers() -> dict[str, Reader]:
     tensors = {"a.weight": torch.randn(4, 3), "a.bias": torch.randn(4).half(), "n": torch.tensor([3])}
     annotations = sound(images=2, boxes=2)
     annotations["annotations"][0]["segmentation"] = [[4, 5, 24, 5, 24, 35]]
+    results = [{**box, "score": 0.5} for box in sound(images=2, boxes=2)["annotations"]]
+    metadata = {f"{PREFIX}{name}": json.dumps(value) for name, value in METADATA.items()}
     zipped = (saved(content), saved({"w": torch.randn(8)}))
     return {
         "checkpoint": Reader(".pth", zipped, (mutated_bytes, mutated_pickle, mutated_pickle), _read_checkpoint),
@@ -114,6 +244,15 @@ def readers() -> dict[str, Reader]:
         "annotations": Reader(
             ".json", (json.dumps(annotations).encode(),), (mutated_bytes, mutated_json, mutated_json), _read_annotations
         ),
+        "annotations of a report": Reader(
+            ".json", (json.dumps(annotations).encode(),), (mutated_bytes, mutated_json, mutated_json), _read_truth
+        ),
+        "results": Reader(
+            ".json", (json.dumps(results).encode(),), (mutated_bytes, mutated_json, mutated_json), _read_results
+        ),
+        "ONNX metadata": Reader(".json", (json.dumps(metadata).encode(),), (mutated_entries,), _read_metadata),
+        "image": Reader(".png", tuple(_encoded().values()), (mutated_bytes, mutated_header), _read_image),
+        "folder": Reader(".json", (b"[]",), (any_folder,), _read_folder),
     }
 
 
@@ -153,17 +292,77 @@ def _limit(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGPROF, before)
 
 
-def fuzz(name: str, reader: Reader, *, seed: int, cases: int, folder: Path) -> FuzzTarget:
-    """Runs cases 0 to `cases` of one reader."""
+def fuzz(name: str, reader: Reader, *, seed: int, cases: int, folder: Path, isolated: bool = False) -> Target:
+    """Runs cases 0 to `cases` of one reader, in child processes where `isolated`."""
+    counts = {"cases": cases, "still valid": 0, "refused by name": 0}
+    most = {"slowest, s": 0.0, "most memory, MB": 0.0}
+    failures: list[str] = []
+    start = 0
+    while start < cases:
+        numbers = range(start, min(start + BATCH, cases))
+        batch = partial(_batch, name, reader, seed=seed, numbers=numbers, folder=folder)
+        found = _in_child(batch) if isolated else batch()
+        start = numbers.stop
+        if isinstance(found, str):
+            start = int((folder / "number").read_text()) + 1
+            failures.append(f"{start - 1}: {found}")
+            continue
+        for key, outcome in (("still valid", "read"), ("refused by name", "refused")):
+            counts[key] += found[outcome]
+        most = {key: max(value, found[key]) for key, value in most.items()}
+        failures += found["failures"]
+    return Target(name, counts, tuple(failures), most)
+
+
+def _batch(name: str, reader: Reader, *, seed: int, numbers: range, folder: Path) -> dict[str, Any]:
+    """Outcomes of some cases, with the time of the slowest and by how much they made the process larger."""
     counts = {"read": 0, "refused": 0}
-    failures = []
-    for number in range(cases):
-        outcome = run_case(reader, mutated(reader, name, seed, number), folder)
+    failures, slowest, before = [], 0.0, _peak_megabytes()
+    allowed = before + MEGABYTES_A_CASE
+    for number in numbers:
+        content = mutated(reader, name, seed, number)
+        (folder / "number").write_text(str(number))
+        began = time.process_time()
+        outcome = run_case(reader, content, folder)
+        seconds = time.process_time() - began
+        slowest = max(slowest, seconds)
+        if seconds > SECONDS_A_CASE:
+            outcome = f"took {seconds:.0f} seconds"
+        if (peak := _peak_megabytes()) > allowed:
+            outcome, allowed = f"took {peak - before:.0f} MB", peak + MEGABYTES_A_CASE
         if outcome in counts:
             counts[outcome] += 1
         else:
             failures.append(f"{number}: {outcome}")
-    return FuzzTarget(name, cases, counts["read"], counts["refused"], tuple(failures))
+    grown = _peak_megabytes() - before
+    return {**counts, "failures": failures, "slowest, s": round(slowest, 2), "most memory, MB": round(grown)}
+
+
+def _peak_megabytes() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def _in_child(work: Callable[[], dict[str, Any]]) -> dict[str, Any] | str:
+    """What `work` returns in a fork with limits of time and memory, or how the fork ended without it."""
+    receiving, sending = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.close(receiving)
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**32,) * 2)
+            resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + 600,) * 2)
+            with os.fdopen(sending, "w") as pipe:
+                json.dump(work(), pipe)
+        except BaseException:  # nothing may go on in the fork
+            traceback.print_exc()
+        finally:
+            os._exit(0)
+    os.close(sending)
+    with os.fdopen(receiving) as pipe:
+        text = pipe.read()
+    _, status = os.waitpid(child, 0)
+    return json.loads(text) if text else f"ended the process ({os.waitstatus_to_exitcode(status)})"
 
 
 def main() -> int:
@@ -174,9 +373,10 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="JSON record to write")
     parser.add_argument("--only", metavar="READER:NUMBER", help="run one case, with its traceback")
     args = parser.parse_args()
+    # The threads of a process are not there in its forks.
     torch.set_num_threads(1)
+    cv2.setNumThreads(1)
     found = readers()
-    start = time.process_time()
     memory = Path("/dev/shm")  # a disk is a hundred times slower
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as scratch:
         folder = Path(scratch)
@@ -189,15 +389,18 @@ def main() -> int:
             return 0
         share = -(-args.cases // len(found))
         targets = tuple(
-            fuzz(name, reader, seed=args.seed, cases=share, folder=folder) for name, reader in found.items()
+            fuzz(name, reader, seed=args.seed, cases=share, folder=folder, isolated=True)
+            for name, reader in found.items()
         )
     command = shlex.join(["python", "-m", "tests.robustness.fuzz", *sys.argv[1:]])
-    report = FuzzReport(command, args.seed, round(time.process_time() - start, 1), this_machine(), targets)
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    seconds = round(sum(one.ru_utime + one.ru_stime for one in used), 1)
+    report = Trials(command, args.seed, seconds, this_machine(), targets)
+    print(trials_markdown(report))
     for target in targets:
-        print(f"{target.name}: {target.cases} cases, {target.read} read, {target.refused} refused")
-        print("\n".join(f"  FAILED {target.name}:{failure}" for failure in target.failures[:20]))
+        print("\n".join(f"FAILED {target.name}:{failure}" for failure in target.failures[:20]))
     if args.out:
-        write_fuzz(args.out, report)
+        write_trials(args.out, report)
     return int(any(target.failures for target in targets))
 
 

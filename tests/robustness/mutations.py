@@ -1,4 +1,4 @@
-"""Seeded mutations of valid files: bytes, JSON values, and the pickle inside of a checkpoint."""
+"""Seeded mutations of valid files: bytes, JSON values, the pickle inside of a checkpoint; folders with odd entries."""
 
 from __future__ import annotations
 
@@ -13,7 +13,15 @@ from typing import Any
 
 from tests.robustness.hostile_files import rezipped, safetensors_bytes
 
-__all__ = ["mutated_bytes", "mutated_json", "mutated_pickle", "mutated_safetensors"]
+__all__ = [
+    "any_folder",
+    "mutated_bytes",
+    "mutated_entries",
+    "mutated_header",
+    "mutated_json",
+    "mutated_pickle",
+    "mutated_safetensors",
+]
 
 _BYTES = (0, 1, 0x7F, 0x80, 0xFF, 0x2E, 0x28, 0x52, 0x63, 0x7D, 0x5D, 0x51)
 _NUMBERS = (0, 1, 255, 2**31, 2**32 - 1, 2**63 - 1, 2**64 - 1)
@@ -111,3 +119,40 @@ def mutated_safetensors(content: bytes, rng: random.Random) -> bytes:
     header, data = content[8 : 8 + length], content[8 + length :]
     mutate = rng.choice((mutated_json, mutated_bytes))
     return safetensors_bytes(mutate(header, rng), data)
+
+
+def mutated_header(content: bytes, rng: random.Random) -> bytes:
+    """Changes in the first bytes, where an image says what it is."""
+    end = rng.choice((16, 32, 64, 256))
+    return mutated_bytes(content[:end], rng) + content[end:]
+
+
+def mutated_entries(content: bytes, rng: random.Random) -> bytes:
+    """One to four texts of a JSON object of JSON texts, as ONNX metadata are: changed, replaced or removed."""
+    entries = json.loads(content)
+    for name in rng.sample(sorted(entries), rng.choice((1, 1, 2, 4))):
+        text = entries[name].encode()
+        match rng.randrange(6):
+            case 0:
+                del entries[name]
+            case 1:
+                entries[name] = json.dumps(rng.choice(HOSTILE_VALUES))
+            case 2:
+                entries[name] = mutated_bytes(text, rng).decode(errors="replace")
+            case _:
+                entries[name] = mutated_json(b'[%b]' % text, rng).decode()[1:-1]
+    return json.dumps(entries).encode()
+
+
+_STEMS = (
+    "a", "b", "-rf", "[x]", "*", "%s", " ", ".hidden", "a\nb", "\x1b[31m", "\udcff\udcfe", "\N{SNOWMAN}", "x" * 240,
+    "a.png", "con\\", "\u202e",
+)  # fmt: skip
+_SUFFIXES = (".png", ".png", ".JPG", ".tif", ".gif", ".txt", "", ".png.", ".")
+_KINDS = ("image", "image", "image", "cut", "empty", "folder", "pipe", "loop", "device", "gone")
+
+
+def any_folder(content: bytes, rng: random.Random) -> bytes:
+    """The names and kinds of one to six entries, as JSON."""
+    names = [rng.choice(_STEMS) + rng.choice(_SUFFIXES) for _ in range(rng.randint(1, 6))]
+    return json.dumps([(name, rng.choice(_KINDS)) for name in names if name != "."]).encode()

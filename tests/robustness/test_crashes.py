@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from tests.report.samples import MACHINE
-from tests.robustness.crashes import ROOT, Target, crash_target, targets
-from tests.robustness.records import CrashReport, CrashTarget, crash_markdown, read_crashes, write_crashes
+from tests.robustness.crashes import COUNTS, ROOT, Target, crash_target, targets
+from tests.robustness.records import Target as Outcome
+from tests.robustness.records import Trials, read_trials, trials_markdown, write_trials
 
 KILLS = {"data preparation": 2, "demo training": 3}
 
@@ -25,8 +26,8 @@ def test_killed_commands_start_again_and_end_the_same(tmp_path: Path, name: str)
     options = ["--kills", str(KILLS[name]), "--seed", "1", "--only", name, "--out", str(out)]
     command = [sys.executable, "-W", "ignore", "-m", "tests.robustness.crashes", *options]
     subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=900)
-    (record,) = read_crashes(out).targets
-    assert record == CrashTarget(name, KILLS[name], KILLS[name], KILLS[name], record.leftovers, ())
+    (record,) = read_trials(out).targets
+    assert list(record.counts.values())[:3] == [KILLS[name]] * 3 and record.failures == ()
 
 
 IN_PLACE = """
@@ -57,20 +58,21 @@ def script(tmp_path: Path, text: str, result: str) -> Target:
 
 def test_control_a_torn_file_is_noticed(tmp_path: Path) -> None:
     record = crash_target(script(tmp_path, IN_PLACE, "result.json"), kills=6, seed=0, folder=tmp_path)
-    assert record.kills == record.finished == record.equal == 6
-    assert record.bad and all("result.json is torn" in text for text in record.bad)
+    assert list(record.counts.values())[:3] == [6, 6, 6]
+    assert record.failures and all("result.json is torn" in text for text in record.failures)
 
 
 def test_control_another_result_is_noticed(tmp_path: Path) -> None:
     record = crash_target(script(tmp_path, ONCE, "result.txt"), kills=3, seed=0, folder=tmp_path)
-    assert record.finished == 3 and record.equal < 3
-    assert any("another result in result.txt" in text for text in record.bad)
+    assert record.counts["finished after it"] == 3 and record.counts["same result"] < 3
+    assert any("another result in result.txt" in text for text in record.failures)
 
 
 def test_the_record_comes_back_and_is_tabulated(tmp_path: Path) -> None:
-    targets = (CrashTarget("a", 3, 3, 2, 1, ("2: another result in x",)), CrashTarget("b", 4, 4, 4, 0, ()))
-    report = CrashReport("python -m tests.robustness.crashes", 0, 90.0, MACHINE, targets)
-    write_crashes(tmp_path / "crashes.json", report)
-    assert read_crashes(tmp_path / "crashes.json") == report
-    (total,) = (line for line in crash_markdown(report).splitlines() if line.startswith("| all"))
-    assert [int(cell) for cell in total.split("|")[2:-1]] == [7, 7, 6, 1, 1]
+    numbers = (("a", (3, 3, 2, 1), ("2: another result in x",), 1.5), ("b", (4, 4, 4, 0), (), 0.5))
+    targets = (Outcome(name, dict(zip(COUNTS, n, strict=True)), bad, {"s": most}) for name, n, bad, most in numbers)
+    report = Trials("python -m tests.robustness.crashes", 0, 90.0, MACHINE, tuple(targets))
+    write_trials(tmp_path / "crashes.json", report)
+    assert read_trials(tmp_path / "crashes.json") == report
+    (total,) = (line for line in trials_markdown(report).splitlines() if line.startswith("| all"))
+    assert [float(cell) for cell in total.split("|")[2:-1]] == [7, 7, 6, 1, 1, 1.5]

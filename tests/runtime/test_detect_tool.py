@@ -130,12 +130,12 @@ def test_annotations_that_do_not_fit(detect, photos, tmp_path, content, message)
 def test_unreadable_images_are_skipped_and_counted(detect, photos, tmp_path):
     (photos / "1.png").write_bytes(b"damaged")
     (photos / "3.png").touch()
-    (photos / "4.gif").symlink_to("gone")
+    (photos / "4\n\x1b[2J.gif").symlink_to("gone")
     code, said = detect(photos, "--batch-size", 3)
     assert code == 13
     lines = said.splitlines()
     assert len(lines) == 3 and all(line.startswith("skipped: ") for line in lines)
-    assert "1.png: not an image that OpenCV reads" in lines[0] and "3.png" in lines[1] and "4.gif" in lines[2]
+    assert "1.png: not an image that OpenCV reads" in lines[0] and "3.png" in lines[1] and r"4\n\x1b[2J.gif" in lines[2]
     entries = json.loads((tmp_path / "out" / "predictions.json").read_text())
     assert [entry["image_id"] for entry in entries] == [1, 2]
 

@@ -80,6 +80,7 @@ LIES = {
     "divisor 0": (dict(pad_size_divisor=0), r"`int` >= 1 - at `\$.pad_size_divisor"),
     "unknown step": (dict(pipeline=[{"type": "Rotate"}]), r"Invalid value 'Rotate' - at `\$.pipeline"),
     "half a step": (dict(pipeline=[{"type": "Resize", "scale": [1, 1]}]), r"missing required field `keep_ratio`"),
+    "endless pipeline": (dict(pipeline=[RESIZE] * 17), r"`array` of length <= 16 - at `\$.pipeline"),
     "endless size": (dict(pipeline=[{**RESIZE, "scale": [10**6, 10**6]}]), r"`int` <= 4096 - at `\$.pipeline"),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import struct
 import tracemalloc
@@ -110,14 +111,66 @@ def test_too_many_pixels_are_refused_before_decoding(tmp_path, options, monkeypa
         read_image(tmp_path / "photo.png", max_pixels=70 * 130 - 1)
 
 
-@pytest.mark.parametrize("kind", [dict(format="PPM"), dict(format="GIF"), dict(format="TIFF", byte_order="cut")])
-def test_what_has_no_size_in_a_known_place_is_not_decoded(tmp_path, kind, monkeypatch):
-    Image.fromarray(photo((70, 130))).save(tmp_path / "photo.png", format=kind["format"])
-    if "byte_order" in kind:  # a directory beyond the end of the file
-        content = (tmp_path / "photo.png").read_bytes()
-        (tmp_path / "photo.png").write_bytes(content[:4] + b"\xff\xff\xff\x7f" + content[8:])
+def saved(image, **options):
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, **options)
+    return buffer.getvalue()
+
+
+def disguised(kind):
+    """70 x 130 pixels for their decoder, and fewer or none for a careless reader of the header."""
+    match kind:
+        case "JPEG, fill bytes before a marker":
+            content = saved(photo((70, 130)), format="JPEG")
+            return content[:2] + b"\xff\xff\xff\xfe\0\x04ab" + content[2:]
+        case "BMP, header of 12 + 256 bytes":
+            content = saved(photo((70, 130)), format="BMP")
+            return content[:10] + struct.pack("<II", 54 + 228, 12 + 256) + content[18:54] + bytes(228) + content[54:]
+        case "TIFF, width given twice":
+            content = saved(photo((70, 130)), format="TIFF")
+            planar, again = struct.pack("<HHIHH", 284, 3, 1, 1, 0), struct.pack("<HHII", 256, 4, 1, 1)
+            assert content.count(planar) == 1
+            return content.replace(planar, again)
+
+
+@pytest.mark.parametrize(
+    "kind", ["JPEG, fill bytes before a marker", "BMP, header of 12 + 256 bytes", "TIFF, width given twice"]
+)
+def test_a_size_is_read_as_the_decoder_reads_it(tmp_path, kind, monkeypatch):
+    (tmp_path / "photo.png").write_bytes(disguised(kind))
+    assert read_image(tmp_path / "photo.png", max_pixels=70 * 130).shape == (70, 130, 3)
     monkeypatch.setattr(cv2, "imdecode", lambda *_: pytest.fail("decoded"))
-    with pytest.raises(UnreadableImage, match=r"not an image that OpenCV reads, or damaged \(no "):
+    with pytest.raises(UnreadableImage, match=r"70 x 130 pixels"):
+        read_image(tmp_path / "photo.png", max_pixels=70 * 130 - 1)
+
+
+def tiled_tiff(side):
+    """10 x 10 pixels in one tile of `side` x `side`."""
+    tags = [(256, 10), (257, 10), (258, 8), (259, 1), (262, 1), (277, 1), (322, side), (323, side), (324, 8), (325, 9)]
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (saved(photo(), format="PPM"), "no BMP, JPEG, PNG, TIFF or WebP file"),
+        (saved(photo(), format="GIF"), "no BMP, JPEG, PNG, TIFF or WebP file"),
+        (b"RIFF\xff\0\0\0WEBPVP8?" + bytes(99), "no size in its header"),
+        (b"\xff\xd8\xff\xd0" + bytes(99), "no size in its header"),
+        (b"MM\0*\x7f\xff\xff\xff" + bytes(99), "no size in its header"),
+        (saved(photo()[..., 0].astype(np.float32), format="TIFF"), "32 bits a channel"),
+        (saved(photo(), format="PNG", save_all=True, append_images=[Image.fromarray(photo(seed=1))]), "an animation"),
+        (saved(photo(), format="PNG").replace(b"IDAT", b"IDAT" * 2, 1), "no size in its header"),
+        (saved(photo(), format="JPEG") + b"\xff\xda" * 100, "more than 100 scans"),
+        (tiled_tiff(20_000), "20000 x 20000 pixels"),
+    ],
+    ids=["PPM", "GIF", "WebP", "JPEG", "TIFF", "32 bits", "APNG", "PNG chunk", "scans", "tile"],
+)
+def test_what_a_decoder_may_not_be_given(tmp_path, content, message, monkeypatch):
+    (tmp_path / "photo.png").write_bytes(content)
+    monkeypatch.setattr(cv2, "imdecode", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(UnreadableImage, match=message):
         read_image(tmp_path / "photo.png")
 
 

@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 from castling_det.files import write_text  # noqa: E402
 from castling_det.report.records import Report, read_report, summaries  # noqa: E402
 from castling_det.report.render import headline, markdown_table  # noqa: E402
-from tests.robustness.records import crash_markdown, fuzz_markdown, read_crashes, read_fuzz  # noqa: E402
+from tests.robustness.records import read_trials, trials_markdown  # noqa: E402
 from tools.benchmarks.attention import ratios_markdown, read_benchmark  # noqa: E402
 from tools.benchmarks.frontier_record import (  # noqa: E402
     detectors_markdown,
@@ -95,10 +95,10 @@ TABLES: dict[str, Callable[[], str]] = {
         [read_benchmark(path) for path in sorted(RESULTS.glob("attention/*/benchmark.json"))]
     ),
     "attention_numerics": lambda: numerics_markdown(read_numerics(RESULTS / "attention" / "numerics.json")),
-    "crashes": lambda: crash_markdown(read_crashes(RESULTS / "robustness" / "crashes.json")),
+    "crashes": lambda: trials_markdown(read_trials(RESULTS / "robustness" / "crashes.json")),
     "deployed_latency": lambda: "\n".join(p.read_text() for p in sorted(RESULTS.glob("*/*/latency.md"))),
     "exports": lambda: "\n".join(p.read_text() for p in sorted(RESULTS.glob("*/*/accuracy.md"))),
-    "fuzz": lambda: fuzz_markdown(read_fuzz(RESULTS / "robustness" / "fuzz.json")),
+    "fuzz": lambda: trials_markdown(read_trials(RESULTS / "robustness" / "fuzz.json")),
     "frontier_detectors": lambda: detectors_markdown(read_record(FRONTIER)),
     "frontier_gains": lambda: gains_markdown(read_record(FRONTIER)),
     "frontier_crowns_detectors": lambda: detectors_markdown(read_record(FRONTIER_CROWNS)),
