@@ -34,10 +34,9 @@ class Command:
 COMMANDS = {
     "doctor": Command("print what is installed, what works and what to do", "castling-det doctor"),
     "config": Command("list, print or copy the configs", "castling-det config --list tree-crowns"),
+    "init": Command("write configs for a data set of yours", "castling-det init data/mine --out mine"),
     "check": Command("check data and a config before a training", "castling-det check castling.py", "check_dataset.py"),
-    "train": Command(
-        "train, by MMDetection's train.py", "castling-det train castling.py"
-    ),
+    "train": Command("train, by MMDetection's train.py", "castling-det train castling.py"),
     "test": Command("evaluate, by MMDetection's test.py", "castling-det test deploy.py deploy.pth"),
     "dist": Command("train or test on several GPUs", "castling-det dist 8 train castling.py --amp"),
     "convert": Command(
@@ -96,6 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return {
             "doctor": _doctor,
             "config": _config,
+            "init": _init,
             "train": _host_tool,
             "test": _host_tool,
             "dist": _distributed,
@@ -164,6 +164,12 @@ def _config(name: str, arguments: Sequence[str]) -> int:
     else:
         write_text(args.out, text)
     return 0
+
+
+def _init(name: str, arguments: Sequence[str]) -> int:
+    from castling_det.datasets.init import main as init
+
+    return init(arguments)
 
 
 def _host_tool(name: str, arguments: Sequence[str]) -> int:

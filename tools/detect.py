@@ -1,7 +1,7 @@
-"""Detects in images, a folder, a glob or a video: `tools/detect.py MODEL SOURCE --out FOLDER`.
+"""Detects in images, a folder, a glob or a video: `tools/detect.py [MODEL] SOURCE --out FOLDER`.
 
-MODEL is an ONNX file of tools/export_onnx.py, which needs neither PyTorch nor MMDetection, or a checkpoint with
---config.
+MODEL is an ONNX file of tools/export_onnx.py, which needs neither PyTorch nor MMDetection, a checkpoint with --config,
+or a detector that comes with the package: scores-nano, which finds the symbols of engraved music, where none is named.
 
 Exit codes: 0; 1 for an error, which leaves no file half written; 10 + n when n images or frames were skipped because
 they cannot be read (110 for 100 or more).
@@ -14,17 +14,28 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+DEFAULT_MODEL = "scores-nano"
+
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help=".onnx file, or checkpoint .pth")
-    parser.add_argument("source", help="image, folder, glob in quotes, or video (which needs castling-det[video])")
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [MODEL] SOURCE [options]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "paths",
+        nargs="+",
+        metavar="SOURCE",
+        help="image, folder, glob in quotes or video (castling-det[video]); after the model, if that is named",
+    )
     parser.add_argument("--config", help="config of a checkpoint")
     parser.add_argument("--out", type=Path, default=Path("detections"), help="folder to write (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="images or tiles at once (1)")
     parser.add_argument("--score-thr", type=float, default=0.0, metavar="S", help="leave out detections below it")
+    parser.add_argument("--draw-thr", type=float, default=0.3, metavar="S", help="draw those from it on (%(default)s)")
     parser.add_argument(
         "--tile", type=int, metavar="PIXELS", help="take larger images in square tiles of this side, through SAHI"
     )
@@ -35,7 +46,11 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--max-pixels", type=int, default=100_000_000, metavar="N", help="height x width of the largest image (1e8)"
     )
-    return parser.parse_args(arguments)
+    args = parser.parse_intermixed_args(arguments)
+    if len(args.paths) > 2:
+        parser.error(f"expected [MODEL] SOURCE, got {len(args.paths)} paths; put a glob in quotes")
+    args.model, args.source = [DEFAULT_MODEL, *args.paths][-2:]
+    return args
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,7 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             overlap=args.overlap,
             max_pixels=args.max_pixels,
         )
-        outcome = detect_source(detector, source, args.out, draw=not args.no_draw, annotations=args.ann)
+        options = {"draw": not args.no_draw, "draw_thr": args.draw_thr, "annotations": args.ann}
+        outcome = detect_source(detector, source, args.out, **options)
     except ValueError as error:
         print(f"detect: {error}", file=sys.stderr)
         return 1

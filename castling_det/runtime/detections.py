@@ -27,6 +27,12 @@ class Detections:
     def __len__(self) -> int:
         return len(self.scores)
 
+    def __str__(self) -> str:
+        """The number of detections, and the best ten."""
+        rows = zip(self.names[:10], self.scores.tolist(), self.boxes.round(1).tolist(), strict=False)
+        lines = [f"{name} {score:.2f} at {', '.join(f'{side:g}' for side in box)}" for name, score, box in rows]
+        return "\n".join([f"{len(self)} detections", *lines, *(["..."] if len(self) > 10 else [])])
+
     @property
     def names(self) -> tuple[str, ...]:
         """The class name of each box."""

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from castling_det.files import sha256_of
 from castling_det.runtime.detections import Backend, Detections, Image
 from castling_det.runtime.draw import draw_detections
 from castling_det.runtime.sources import MAX_PIXELS, check_image, read_image
 
-__all__ = ["Detector"]
+__all__ = ["WEIGHTS", "Detector", "shipped"]
+
+WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
+"""Detectors that come with the package, each an ONNX file beside its card."""
 
 Source = str | os.PathLike[str] | Image
 """A file, or an array (height, width, 3) of uint8 in the order BGR, as OpenCV has it."""
@@ -20,14 +25,14 @@ Source = str | os.PathLike[str] | Image
 class Detector:
     """Finds objects in images.
 
-        detector = castling_det.Detector("deploy.onnx")
-        detections = detector("photo.jpg")
-        print(detections.names, detections.boxes)
+        detector = castling_det.Detector("scores-nano")
+        detections = detector("page.png")
+        print(detections)
 
     An ONNX file needs neither PyTorch nor MMDetection (`pip install castling-det[runtime]`).
 
     Args:
-        model: ONNX file of `tools/export_onnx.py`, or a checkpoint `.pth`.
+        model: ONNX file of `tools/export_onnx.py`, a checkpoint `.pth`, or the name of a detector that is shipped.
         config: of the checkpoint, a file or `castling_det::...`; an ONNX file needs none.
         device: `"cpu"`, `"cuda"` or `"cuda:N"`.
         score_thr: detections below it are left out, beside what the model itself leaves out.
@@ -95,8 +100,22 @@ class Detector:
         return check_image(image, max_pixels=self.max_pixels)
 
 
+def shipped(name: str) -> Path:
+    """The ONNX file of a detector that comes with the package; ValueError for another name or a file that changed."""
+    path = WEIGHTS / f"{name}.onnx"
+    if not path.is_file():
+        names = ", ".join(sorted(file.stem for file in WEIGHTS.glob("*.onnx")))
+        raise ValueError(f"model {name}: no such file, and no detector of ours; expected an .onnx file or {names}")
+    card = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    if sha256_of(path) != card["sha256"]:
+        raise ValueError(f"model {path}: another file than its card {path.stem}.json describes; reinstall castling-det")
+    return path
+
+
 def _load(model: str | os.PathLike[str], config: str | os.PathLike[str] | None, device: str) -> Backend:
     path = Path(model)
+    if not path.suffix and not path.exists():
+        path = shipped(str(model))
     if path.suffix == ".onnx":
         if config is not None:
             raise ValueError(f"config {config}: {path} is an ONNX file, which needs none")

@@ -41,9 +41,17 @@ class Outcome:
 
 
 def detect_source(
-    detector: Detector, source: ImageFiles | Video, out: Path, *, draw: bool = True, annotations: Path | None = None
+    detector: Detector,
+    source: ImageFiles | Video,
+    out: Path,
+    *,
+    draw: bool = True,
+    draw_thr: float = 0.3,
+    annotations: Path | None = None,
 ) -> Outcome:
     """Runs the detector over a source and writes `out/predictions.json`, `out/images.json` and pictures or a video.
+
+    Predictions hold every detection, pictures those whose score is at least `draw_thr`.
 
     An image that cannot be read is one line on stderr; where none can, nothing is written. No file is half written.
     ValueError: annotations that do not fit, or an output that would replace an input.
@@ -63,9 +71,9 @@ def detect_source(
                 predictions.add(frame.name, frame.image.shape[:2], found)
                 detections += len(found)
                 if draw and sink is None:
-                    _write_picture(_picture_path(out, frame.name), detector.draw(frame.image, found))
+                    _write_picture(_picture_path(out, frame.name), detector.draw(frame.image, found.above(draw_thr)))
                 elif sink is not None:
-                    sink.write_frame(detector.draw(frame.image, found))
+                    sink.write_frame(detector.draw(frame.image, found.above(draw_thr)))
         if sink is not None and not predictions.images:
             raise ValueError(f"video {source.paths[0]}: no frame of it can be read; nothing is written")
     if predictions.images:

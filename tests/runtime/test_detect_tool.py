@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from pycocotools.coco import COCO
 
+from castling_det.files import sha256_of
 from castling_det.runtime.detections import Detections
 from castling_det.runtime.detector import Detector
 from castling_det.runtime.run import detect_source
@@ -44,6 +46,34 @@ def detect(model, tmp_path, capfd):
 
 def files(folder):
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def test_boxes_are_drawn_from_a_score_on_and_all_are_written(model, photos, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Detector, "draw", lambda _, image, found: drawn.append(len(found)) or image)
+    for threshold, boxes in (("0", 1), ("1", 0)):
+        assert main([str(model), str(photos), "--out", str(tmp_path / "out"), "--draw-thr", threshold]) == 0
+        assert drawn[-3:] == [boxes] * 3
+        assert len(json.loads((tmp_path / "out" / "predictions.json").read_text())) == 3
+
+
+def test_a_detector_that_comes_with_the_package(model, photos, tmp_path, monkeypatch, capsys):
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    shutil.copy(model, weights / "scores-nano.onnx")
+    (weights / "scores-nano.json").write_text(json.dumps({"sha256": sha256_of(model)}))
+    monkeypatch.setattr("castling_det.runtime.detector.WEIGHTS", weights)
+    assert main([str(photos), "--out", str(tmp_path / "out")]) == 0
+    found = Detector("scores-nano")(photos / "0.png")
+    assert str(found).startswith(f"1 detections\n{found.names[0]} {found.scores[0]:.2f} at ")
+    with pytest.raises(ValueError, match=r"model scores: no such file, and no detector of ours; .* or scores-nano"):
+        Detector("scores")
+    (weights / "scores-nano.json").write_text(json.dumps({"sha256": "0"}))
+    with pytest.raises(ValueError, match=r"another file than its card scores-nano\.json describes; reinstall"):
+        Detector("scores-nano")
+    with pytest.raises(SystemExit):
+        main(["a", "b", "c"])
+    assert "put a glob in quotes" in capsys.readouterr().err
 
 
 def test_a_name_that_is_no_text_is_written(detect, photos, tmp_path):

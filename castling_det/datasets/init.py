@@ -1,0 +1,236 @@
+"""`castling-det init DATA`: configs for a data set, with the sizes and the schedule that its boxes ask for."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+from castling_det.datasets.checks import check_annotation_file, raise_for_problems
+from castling_det.files import write_json, write_text
+
+__all__ = ["Split", "Statistics", "find_splits", "main", "write_configs"]
+
+BASE = "castling_det::_base_/own_data.py"
+BATCH, STRIDE = 4, 8
+"""Images of an iteration, and pixels of a token, in the base."""
+HELD_OUT = 10
+"""Without validation files every tenth image is held out, and one of fewer."""
+LAYOUTS = {
+    "train": ("annotations/train.json train", "annotations/instances_train2017.json train2017", "train.json images",
+              "train/_annotations.coco.json train"),
+    "val": ("annotations/val.json val", "annotations/instances_val2017.json val2017", "val.json images",
+            "valid/_annotations.coco.json valid", "val/_annotations.coco.json val"),
+}  # fmt: skip
+"""Where COCO's own data set, exports of labelling services and our converters have annotations and images."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """A COCO file, and the folder that its file names are in."""
+
+    annotations: Path
+    images: Path
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What the choices are made from; box sizes are square roots of areas, in pixels of the images."""
+
+    images: int
+    side: float
+    """Median of the longer sides."""
+    classes: tuple[str, ...]
+    small: float
+    """One box in ten is smaller."""
+    large: float
+    """One box in ten is larger."""
+
+    @classmethod
+    def of(cls, annotations: Path) -> Statistics:
+        """Reads a COCO file that passed its checks."""
+        document = json.loads(annotations.read_text(encoding="utf-8"))
+        sides = [max(image["width"], image["height"]) for image in document["images"]]
+        sizes = [row["bbox"][2:] for row in document["annotations"] if not row.get("iscrowd")]
+        boxes = [math.sqrt(width * height) for width, height in sizes]
+        if len(boxes) < 2:
+            raise ValueError(f"{annotations}: {len(boxes)} boxes; expected at least two to choose sizes from")
+        tenths = quantiles(boxes, n=10)
+        names = tuple(category["name"] for category in document["categories"])
+        return cls(len(sides), median(sides), names, max(tenths[0], 1.0), tenths[-1])
+
+    @property
+    def size(self) -> int:
+        """Longer side that images are resized to: small boxes get 16 pixels, images at most twice their size."""
+        wanted = self.side * min(16 / self.small, 2.0)
+        return 32 * round(min(max(wanted, 320), 1280) / 32)
+
+    @property
+    def crop(self) -> int:
+        """Side of the training images: crops keep large images affordable."""
+        return min(self.size, 384)
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Levels whose anchors, of 8 strides, go from the small boxes to the large ones."""
+        scale = self.size / self.side
+        first = 4 if self.small * scale < 24 else 8
+        return tuple(stride for stride in (4, 8, 16, 32) if first <= stride <= max(2 * first, self.large * scale / 4))
+
+    @property
+    def max_iters(self) -> int:
+        """Each image is seen 100 times, within bounds."""
+        return 200 * round(min(max(100 * self.images / BATCH, 1200), 24_000) / 200)
+
+
+def find_splits(data: Path, out: Path) -> tuple[Split, Split]:
+    """The training and validation data of a folder in COCO's, YOLO's or Pascal VOC's layout.
+
+    Of the two latter, and where no validation data are found, COCO files are written under `out`. ValueError says what
+    was looked for.
+    """
+    found = {}
+    for split, places in LAYOUTS.items():
+        pairs = (place.split() for place in places)
+        paths = [Split(data / file, data / folder) for file, folder in pairs if (data / file).is_file()]
+        found[split] = paths[0] if paths else None
+    train = found["train"] or next(_converted(data, out), None)
+    if train is None:
+        names = ", ".join(place.split()[0] for place in LAYOUTS["train"])
+        raise ValueError(
+            f"{data}: no data set was found; looked for {names}, data.yaml (YOLO) and Annotations/*.xml (Pascal VOC); "
+            "name the files by --train, --val and --images"
+        )
+    return (train, found["val"]) if found["val"] else _divided(train, out)
+
+
+def _converted(data: Path, out: Path) -> Iterator[Split]:
+    """The data of a YOLO or Pascal VOC folder as a COCO file."""
+    places = (("images/train", "labels/train"), ("train/images", "train/labels"), ("JPEGImages", "Annotations"))
+    pairs = [(data / images, data / labels) for images, labels in places]
+    folders = [pair for pair in pairs if all(map(Path.is_dir, pair))]
+    if not folders:
+        return
+    try:
+        from supervision import DetectionDataset
+    except ImportError as error:
+        problem = f"YOLO and Pascal VOC need supervision ({error}); pip install 'castling-det[video]'"
+        raise ValueError(f"{data}: {problem}") from None
+    images, labels = folders[0]
+    if images.name == "JPEGImages":
+        loaded = DetectionDataset.from_pascal_voc(str(images), str(labels))
+    else:
+        loaded = DetectionDataset.from_yolo(str(images), str(labels), str(data / "data.yaml"))
+    target = out / "annotations" / "all.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    loaded.as_coco(annotations_path=str(target))
+    yield Split(target, images)
+
+
+def _divided(whole: Split, out: Path) -> tuple[Split, Split]:
+    """Holds every tenth image out, in the order of file names."""
+    document: dict[str, Any] = json.loads(whole.annotations.read_text(encoding="utf-8"))
+    images = sorted(document["images"], key=lambda image: image["file_name"])
+    every, parts = min(HELD_OUT, len(images)), []
+    for name in ("train", "val"):
+        held = [image for place, image in enumerate(images) if (place % every == every - 1) == (name == "val")]
+        ids = {image["id"] for image in held}
+        boxes = [row for row in document["annotations"] if row["image_id"] in ids]
+        write_json(out / "annotations" / f"{name}.json", {**document, "images": held, "annotations": boxes})
+        parts.append(Split(out / "annotations" / f"{name}.json", whole.images))
+    return parts[0], parts[1]
+
+
+def write_configs(out: Path, train: Split, val: Split, *, flip: bool = True) -> Statistics:
+    """Writes softmax.py, castling.py and deploy.py; ValueError: data that cannot be trained on."""
+    for split in (train, val):
+        problems = check_annotation_file(split.annotations, image_root=split.images)
+        raise_for_problems(problems, source=str(split.annotations))
+    found = Statistics.of(train.annotations)
+    scale = found.size / found.side
+    datasets = {
+        name: f"data_root={str(split.images.resolve()) + '/'!r}, ann_file={str(split.annotations.resolve())!r}"
+        for name, split in (("train", train), ("val", val))
+    }
+    write_text(out / "softmax.py", f'''\
+# By castling-det init: {found.images} images of {found.side:g} pixels, boxes of {found.small:.0f} to {found.large:.0f}.
+_base_ = "{BASE}"
+
+classes = {found.classes!r}
+size = ({found.size}, {found.size})  # of a whole image: small boxes have {found.small * scale:.0f} pixels then
+crop = ({found.crop}, {found.crop})  # of a training image: large images stay affordable
+strides = {found.strides!r}  # anchors of {8 * found.strides[0]} to {8 * found.strides[-1]} pixels
+max_iters = {found.max_iters}  # of {BATCH} images: {found.max_iters * BATCH / found.images:.0f} times each
+
+_base_.train_pipeline[2].update(prob={0.5 if flip else 0.0})  # 0 where a mirrored object is another one
+_base_.train_pipeline[3].update(scale=size)
+_base_.train_pipeline[4].update(crop_size=crop)
+_base_.test_pipeline[1].update(scale=size)
+data = dict(metainfo=dict(classes=classes), data_prefix=dict(img=""))
+train_dataloader = dict(dataset=dict({datasets["train"]}, pipeline=_base_.train_pipeline, **data))
+val_dataloader = dict(dataset=dict({datasets["val"]}, pipeline=_base_.test_pipeline, **data))
+test_dataloader = val_dataloader
+val_evaluator = test_evaluator = dict(ann_file={str(val.annotations.resolve())!r})
+head = dict(num_classes=len(classes), anchor_generator=dict(strides=strides))
+model = dict(backbone=dict(img_size=crop[0], attention="softmax"), neck=dict(out_strides=strides), bbox_head=head)
+train_cfg = dict(max_iters=max_iters, val_interval=max_iters // 4)
+_base_.param_scheduler[1].update(end=max_iters, T_max=max_iters - 40)
+param_scheduler = _base_.param_scheduler
+default_hooks = dict(checkpoint=dict(interval=max_iters // 4))
+''')
+    write_text(out / "castling.py", f'''\
+_base_ = "./softmax.py"
+
+model = dict(backbone=dict(attention="castling", attn_cfg=dict(threshold=1.0, threshold_unit="uniform")))
+# The mask rises until nothing passes: at the number of tokens of a training image, ({found.crop} / {STRIDE})^2.
+hook = dict(type="castling_det.MaskAnnealingHook", schedule="geometric", begin=0.4, empty_from=0.7)
+custom_hooks = [*_base_.custom_hooks, dict(end={(found.crop // STRIDE) ** 2}, **hook)]
+''')
+    write_text(out / "deploy.py", '''\
+_base_ = "./softmax.py"
+
+model = dict(backbone=dict(attention="linear"))
+''')
+    return found
+
+
+def main(argv: Sequence[str]) -> int:
+    """Returns the exit code."""
+    parser = argparse.ArgumentParser(prog="castling-det init", description=__doc__)
+    parser.add_argument("data", type=Path, help="folder of a data set: COCO JSON, YOLO or Pascal VOC")
+    parser.add_argument("--out", type=Path, default=Path("configs"), help="where to write (default: %(default)s)")
+    parser.add_argument("--train", type=Path, metavar="JSON", help="COCO file to train on, where it is not found")
+    parser.add_argument("--val", type=Path, metavar="JSON", help="COCO file to validate on")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="folder of the images of both files")
+    parser.add_argument("--no-flip", action="store_true", help="mirrored objects are others, as in text and music")
+    args = parser.parse_args(argv)
+    try:
+        if args.train is not None:
+            train = Split(args.train, args.images or args.data)
+            val = Split(args.val, args.images or args.data) if args.val else None
+            train, val = (train, val) if val else _divided(train, args.out)
+        else:
+            train, val = find_splits(args.data, args.out)
+        found = write_configs(args.out, train, val, flip=not args.no_flip)
+    except (ValueError, OSError) as error:
+        print(f"castling-det init: {error}", file=sys.stderr)
+        return 1
+    out = args.out
+    print(
+        f"{found.images} training images, {len(found.classes)} classes; whole images at {found.size} pixels, crops of "
+        f"{found.crop}, strides {', '.join(map(str, found.strides))}, {found.max_iters} iterations. Next:\n"
+    )
+    for command in (
+        f"train {out / 'castling.py'} --work-dir {out / 'castling'}",
+        f"convert {out / 'castling.py'} {out / 'castling' / f'iter_{found.max_iters}.pth'} {out / 'deploy.pth'}",
+        f"export {out / 'deploy.py'} {out / 'deploy.pth'} {out / 'deploy.onnx'}",
+        f"detect {out / 'deploy.onnx'} {val.images}",
+    ):
+        print(f"  castling-det {command}")
+    return 0

@@ -1,0 +1,107 @@
+"""`castling-det init`: foreign data sets are found, converted and divided; sizes follow from the boxes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from castling_det import check_dataset
+from castling_det.config import load_config
+from castling_det.datasets.init import Statistics, find_splits, main
+from tests.docs.test_tutorial import write_data
+
+
+def coco(root: Path) -> None:
+    write_data(root)
+
+
+def one_file(root: Path) -> None:
+    write_data(root)
+    document, more = (json.loads((root / f"{name}.json").read_text()) for name in ("train", "val"))
+    for row in more["annotations"]:
+        row["id"] += len(document["annotations"])
+    for part in ("images", "annotations"):
+        document[part] += more[part]
+    (root / "train.json").write_text(json.dumps(document))
+    (root / "val.json").unlink()
+
+
+def yolo(root: Path) -> None:
+    for number in range(12):
+        for part in ("images", "labels"):
+            (root / part / "train").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (160, 120), (number, 9, 9)).save(root / "images" / "train" / f"{number}.png")
+        (root / "labels" / "train" / f"{number}.txt").write_text("0 0.5 0.5 0.25 0.25\n1 0.25 0.25 0.1 0.2\n")
+    (root / "data.yaml").write_text("names: [helmet, vest]\nnc: 2\n")
+
+
+def voc(root: Path) -> None:
+    (root / "JPEGImages").mkdir(parents=True)
+    (root / "Annotations").mkdir()
+    for number in range(12):
+        Image.new("RGB", (160, 120), (number, 9, 9)).save(root / "JPEGImages" / f"{number}.png")
+        objects = "".join(
+            f"<object><name>{name}</name><bndbox><xmin>10</xmin><ymin>20</ymin><xmax>60</xmax><ymax>50</ymax></bndbox>"
+            "</object>"
+            for name in ("helmet", "vest")
+        )
+        size = "<size><width>160</width><height>120</height><depth>3</depth></size>"
+        text = f"<annotation><filename>{number}.png</filename>{size}{objects}</annotation>"
+        (root / "Annotations" / f"{number}.xml").write_text(text)
+
+
+@pytest.mark.parametrize("make", [coco, one_file, yolo, voc])
+def test_a_foreign_data_set_gets_configs_that_can_be_trained(make, tmp_path, capsys):
+    make(tmp_path / "data")
+    out = tmp_path / "mine"
+    assert main([str(tmp_path / "data"), "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert said.count("\n  castling-det ") == 4 and f"castling-det train {out}/castling.py" in said
+    for name, attention in (("softmax", "softmax"), ("castling", "castling"), ("deploy", "linear")):
+        assert len((out / f"{name}.py").read_text().splitlines()) <= 25
+        config = load_config(out / f"{name}.py")
+        assert config.model.backbone.attention == attention
+        assert sorted(config.train_dataloader.dataset.metainfo.classes) == ["helmet", "vest"]
+        assert check_dataset(config) == []
+    images = {
+        stage: {row["file_name"] for row in json.loads(Path(loader.dataset.ann_file).read_text())["images"]}
+        for stage, loader in (("train", config.train_dataloader), ("val", config.val_dataloader))
+    }
+    assert images["train"] and images["val"] and not images["train"] & images["val"]
+    hook = load_config(out / "castling.py").custom_hooks[-1]
+    crop = config.train_pipeline[4].crop_size[0]
+    assert crop % 32 == 0 and hook.end == (crop // 8) ** 2
+
+
+def test_files_that_are_named(tmp_path, capsys):
+    write_data(tmp_path / "data")
+    (tmp_path / "data" / "train.json").rename(tmp_path / "here.json")
+    given = [str(tmp_path / "data"), "--out", str(tmp_path / "mine"), "--train", str(tmp_path / "here.json")]
+    assert main([*given, "--images", str(tmp_path / "data" / "images"), "--no-flip"]) == 0
+    assert load_config(tmp_path / "mine" / "softmax.py").train_pipeline[2].prob == 0
+    assert main([*given, "--images", str(tmp_path)]) == 1
+    assert "100.png" in capsys.readouterr().err and not (tmp_path / "data" / "annotations").exists()
+
+
+def test_no_data_set_says_what_was_looked_for(tmp_path):
+    with pytest.raises(ValueError, match=r"no data set was found; looked for annotations/train\.json, .*data\.yaml"):
+        find_splits(tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("side", "small", "large", "size", "strides"),
+    [
+        (1280, 12, 64, 1280, (4, 8, 16)),  # at the most, since small boxes ask for 1707
+        (640, 8, 20, 1280, (4, 8)),
+        (4000, 160, 900, 384, (4, 8, 16)),
+        (640, 64, 500, 320, (8, 16, 32)),
+        (300, 4, 10, 608, (4, 8)),  # twice its size
+    ],
+)
+def test_sizes_follow_from_the_boxes(side, small, large, size, strides):
+    found = Statistics(100, side, ("a",), small, large)
+    assert (found.size, found.strides, found.crop) == (size, strides, min(size, 384))
+    assert [Statistics(n, side, ("a",), small, large).max_iters for n in (8, 100, 10**6)] == [1200, 2400, 24_000]
