@@ -172,7 +172,7 @@ def test_print_config(tmp_path: Path) -> None:
 
 @SAFE
 def test_publish_model(trained: Path, tmp_path: Path) -> None:
-    """Torch reads the converted checkpoint without running code, and the training's only where it is told to trust it."""
+    """Torch reads a converted checkpoint without running code; a training's only where it is told to trust the file."""
     converted = tmp_path / "deploy.pth"
     convert(CONFIG.format("castling"), trained / "iter_4.pth", converted, num_probes=1)
     for source, trust in ((converted, "0"), (trained / "iter_4.pth", "1")):
