@@ -11,7 +11,7 @@ DATA ?=
 STUDY_DATA := $(or $(DATA),tree-crowns)
 ONE_THREAD := OMP_NUM_THREADS=1
 
-.PHONY: demo study options frontier uptrain exports deployed-latency benchmarks test test-slow test-stack stability lint docs setup data lock licences audit sbom dist fuzz crash-test clean
+.PHONY: demo study options frontier uptrain exports deployed-latency benchmarks test test-slow test-stack stability lint docs setup data lock licences audit sbom dist check-dist hooks fuzz crash-test clean
 
 demo: $(READY)
 	$(BIN)/python tools/demo.py --data $(or $(DATA),scores)
@@ -121,6 +121,15 @@ sbom: $(TOOLS)/.ready
 # Wheel and sdist, each built twice and compared.
 dist: $(READY)
 	$(BIN)/python tools/dev/build_dist.py
+
+# What a package index would refuse or not render, and a wheel that has become large.
+check-dist: dist $(TOOLS)/.ready
+	$(TOOLS)/twine check --strict dist/*
+	test -z "$$(find dist -name '*.whl' -size +3000k)"
+
+# Ruff and mypy before every commit.
+hooks: $(READY) $(TOOLS)/.ready
+	$(TOOLS)/pre-commit install
 
 # Nightly: the records of docs/robustness.md. A hundred thousand files that nobody trusts, and sixty kills.
 FUZZ := $(BIN)/python -W ignore -m tests.robustness.fuzz

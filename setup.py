@@ -1,14 +1,19 @@
-"""Puts `castling_det.pth` beside the package, and builds the same sdist twice; the rest is in setup.cfg."""
+"""Puts `castling_det.pth` beside the package, builds the same sdist twice, gives a release its addresses.
+
+The rest is in setup.cfg.
+"""
 
 from __future__ import annotations
 
 import gzip
 import os
+import re
 import tarfile
 
 # setuptools is imported before this file is run, and brings its own distutils.
 from distutils.command.install_data import install_data as _InstallData
 from pathlib import Path
+from typing import Any
 
 from setuptools import Distribution as _Distribution
 from setuptools import setup
@@ -56,7 +61,33 @@ class Sdist(_Sdist):
         return path
 
 
+def addresses() -> dict[str, Any]:
+    """With PROJECT_URL set, the repository's address on GitHub: the URLs of the metadata, and links in the README.
+
+    A package index shows the README away from its repository: links to files lead to those of the release's tag.
+    """
+    address = os.environ.get("PROJECT_URL", "").rstrip("/")
+    if not address:
+        return {}
+    (version,) = re.findall(r'(?m)^__version__ = "(.+)"$', Path("castling_det/__init__.py").read_text("utf-8"))
+
+    def absolute(link: re.Match[str]) -> str:
+        kind = "raw" if link["picture"] else "blob"
+        return f"{link['picture']}[{link['text']}]({address}/{kind}/v{version}/{link['path']})"
+
+    relative = r"(?P<picture>!?)\[(?P<text>[^\]]*)\]\((?![a-z]+:|#)(?P<path>[^)\s]+)\)"
+    return {
+        "long_description": re.sub(relative, absolute, Path("README.md").read_text("utf-8")),
+        "project_urls": {
+            "Source": address,
+            "Issues": f"{address}/issues",
+            "Changelog": f"{address}/blob/v{version}/CHANGELOG.md",
+        },
+    }
+
+
 setup(
+    **addresses(),
     distclass=Distribution,
     cmdclass={"install_data": InstallData, "sdist": Sdist},
     data_files=[("", ["castling_det.pth"])],

@@ -42,6 +42,8 @@ def atomic_write(path: str | os.PathLike[str], *, suffix: str = ".part") -> Iter
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
+    if os.name == "nt":  # there a folder cannot be opened
+        return
     directory = os.open(target.parent, os.O_RDONLY)
     try:
         os.fsync(directory)

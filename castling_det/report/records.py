@@ -367,8 +367,12 @@ def this_machine() -> Machine:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout, with `+changes` if files differ from it; None outside of one."""
+    """The commit of the checkout, with `+changes` if code or configs differ from it; None outside of one.
+
+    Results and documents may differ: measuring writes them.
+    """
     place = Path(__file__)
+    code = [f":/{folder}" for folder in ("castling_det", "configs", "tools", "requirements")]
 
     def git(*arguments: str) -> str:
         command = ["git", *arguments]
@@ -377,6 +381,7 @@ def _commit() -> str | None:
     try:
         # An installed wheel may lie in somebody else's repository: ask whether git tracks this very file.
         git("ls-files", "--error-unmatch", place.name)
-        return git("describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes").strip()
+        changes = git("status", "--porcelain", "--untracked-files=no", "--", *code)
+        return git("rev-parse", "HEAD").strip() + "+changes" * bool(changes)
     except (OSError, subprocess.SubprocessError):
         return None

@@ -9,6 +9,8 @@ from typing import Any
 from latex2mathml.converter import convert
 from mkdocs.exceptions import PluginError
 
+from castling_det import __version__
+
 ROOT = Path(__file__).resolve().parents[2]
 _FENCED = re.compile(r"^(?:```|~~~).*?^(?:```|~~~)[^\S\n]*$", re.MULTILINE | re.DOTALL)
 _OUTSIDE = re.compile(r"(?<!!)\[([^\]]+)\]\((\.\./[^)#\s]+)(?:#[^)\s]*)?\)")
@@ -17,8 +19,9 @@ _OUTSIDE = re.compile(r"(?<!!)\[([^\]]+)\]\((\.\./[^)#\s]+)(?:#[^)\s]*)?\)")
 def on_config(config: Any) -> Any:
     """Lets ```math blocks, which GitHub renders too, become MathML, and puts pages that `nav` lacks at its end.
 
-    Browsers draw MathML without a script.
+    Browsers draw MathML without a script. The name of the site says which version its pages describe.
     """
+    config["site_name"] += f" {__version__}"
     fence = {"name": "math", "class": "math", "format": _equation}
     config["mdx_configs"].setdefault("pymdownx.superfences", {}).setdefault("custom_fences", []).append(fence)
     if config["nav"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -11,6 +12,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+
+from castling_det import __version__
 
 pytest.importorskip("material", reason="mkdocs-material is not installed")
 
@@ -75,6 +78,21 @@ def test_nothing_is_fetched_from_elsewhere(site, pages):
     for style in site.rglob("*.css"):
         text = style.read_text(encoding="utf-8")
         assert not re.search(r"url\([\"']?https?:", text) and "@import" not in text, style
+
+
+def test_search_works_from_a_folder(site, pages):
+    """There a page can neither fetch the index nor start a worker: the one is a script, the other an iframe."""
+    index = (site / "search" / "search_index.js").read_text(encoding="utf-8")
+    found = json.loads(index.removeprefix("var __index = "))["docs"]
+    assert {entry["location"].partition("#")[0] for entry in found} == {f"{path.stem}.html" for path in pages}
+    assert any("multiply-add" in entry["text"] for entry in found)
+    for path, page in pages.items():
+        assert "javascripts/iframe-worker.js" in page.loaded, path.name
+
+
+def test_pages_say_their_version(site, pages):
+    for path in pages:
+        assert f"castling_det {__version__}</title>" in path.read_text(encoding="utf-8"), path.name
 
 
 def test_links_and_anchors_lead_somewhere(pages):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import stat
 import tarfile
 import zipfile
 from email.parser import Parser
 from pathlib import Path
+
+import pytest
 
 from tests.packaging.building import ROOT, build, create_environment
 
@@ -69,6 +72,19 @@ def test_metadata(wheel: Path) -> None:
     assert unconditional and not hosts, "the host is the user's choice"
     assert {"onedl", "upstream", "runtime", "video", "test"} <= set(metadata.get_all("Provides-Extra") or [])
     assert "castling-det = castling_det.cli:main" in dist_info(files, "entry_points.txt")
+
+
+def test_a_release_links_to_its_files(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a package index: every link of the README is an address, and those to our files name files."""
+    monkeypatch.setenv("PROJECT_URL", "https://example.org/a/b/")
+    metadata = dist_info(contents(build("wheel", source, tmp_path)), "METADATA")
+    assert "Project-URL: Source, https://example.org/a/b\n" in metadata
+    links = re.findall(r"(!?)\[[^\]]*\]\(([^)]+)\)", metadata)
+    assert all(re.match(r"https?://|#", address) for _, address in links)
+    ours = [re.match(r"https://example.org/a/b/(raw|blob)/v0.1.0/([^#]+)", address) for _, address in links]
+    assert sum(map(bool, ours)) > 5
+    for (picture, _), found in zip(links, ours, strict=True):
+        assert not found or ((ROOT / found[2]).is_file() and found[1] == ("raw" if picture else "blob")), found
 
 
 def test_sdist_builds_the_same_wheel(source: Path, wheel: Path, tmp_path: Path) -> None:

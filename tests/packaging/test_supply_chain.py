@@ -91,3 +91,22 @@ def test_documents_of_trust() -> None:
     assert {"cff-version", "message", "title", "authors"} <= set(citation)
     assert citation["cff-version"] == "1.2.0" and citation["version"] == castling_det.__version__
     assert citation["license"] == "Apache-2.0"
+
+
+def test_workflows_run_what_a_developer_runs() -> None:
+    """Every `make` target exists, every action has a version, no job may more than it says, all Pythons are tested."""
+    targets = set(re.findall(r"^([a-z-]+):", ROOT.joinpath("Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    called = set()
+    for path in ROOT.joinpath(".github", "workflows").glob("*.yml"):
+        workflow = yaml.safe_load(path.read_text(encoding="utf-8"))
+        assert workflow["permissions"] == {"contents": "read"}, path.name
+        for job in workflow["jobs"].values():
+            for step in job["steps"]:
+                assert re.search(r"@(release/)?v\d+$", step.get("uses", "@v0")), step
+                for line in re.findall(r"^make ([a-z -]+)$", step.get("run", ""), re.MULTILINE):
+                    called |= set(line.split())
+        if path.name == "ci.yml":
+            pythons = workflow["jobs"]["tests"]["strategy"]["matrix"]["python"]
+    assert {"lint", "test", "docs", "check-dist"} <= called <= targets
+    classifiers = re.findall(r"Python :: (3\.\d+)", ROOT.joinpath("setup.cfg").read_text(encoding="utf-8"))
+    assert pythons == classifiers

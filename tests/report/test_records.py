@@ -7,11 +7,13 @@ import functools
 import json
 import math
 import operator
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from castling_det.report import records
 from castling_det.report.records import (
     SCHEMA,
     Counts,
@@ -108,6 +110,21 @@ def test_the_machine_line_has_the_commit_of_the_checkout() -> None:
     machine = this_machine()
     assert machine.torch in str(machine) and machine.cpu
     assert machine.commit is None or len(machine.commit.removesuffix("+changes")) == 40
+
+
+def test_only_code_and_configs_count_as_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, result = tmp_path / "castling_det" / "report" / "records.py", tmp_path / "results" / "report.json"
+    for path in (code, result):
+        path.parent.mkdir(parents=True)
+        path.write_text("as committed")
+    who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "--quiet"], ["add", "."], [*who, "commit", "--quiet", "--message=a"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    monkeypatch.setattr(records, "__file__", str(code))
+    result.write_text("measured")
+    assert len(this_machine().commit or "") == 40
+    code.write_text("changed")
+    assert (this_machine().commit or "").endswith("+changes")
 
 
 def test_records_of_the_repository_are_small_and_of_this_version() -> None:

@@ -25,3 +25,5 @@ custom_hooks = [
     dict(type="castling_det.ClassCountHook"),
     dict(type="EMAHook", ema_type="ExpMomentumEMA", momentum=0.01, gamma=50, update_buffers=True, priority=49),
 ]
+# train.py --auto-scale-lr: the rate is meant for four images an iteration.
+auto_scale_lr = dict(enable=False, base_batch_size=4)
