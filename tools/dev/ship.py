@@ -43,7 +43,7 @@ def main(name: str, config: str, checkpoint: str, size: str, annotations: str, i
         "classes": report.metadata.classes,
         "map": round(float(values[0]), 4),
         "map50": round(map50, 4),
-        "measured_on": f"{len(document['images'])} pages of collections that no training page is from (docs/frontier.md)",
+        "measured_on": f"{len(document['images'])} pages of collections not trained on; see docs/frontier.md",
         "trained_on": "1,253 engraved pages, 940 iterations of 4 crops (docs/scores.md); engravings of public works",
         "not_for": "handwriting, photographs of pages, symbols other than these",
         "config": Path(config).name,
