@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import difflib
-import runpy
-import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 from castling_det import __version__
 
@@ -19,8 +17,16 @@ MIM = Path(__file__).resolve().parent / ".mim"
 """Configs and tools, installed beside the package as OpenMMLab's packages have them."""
 
 
-@dataclass(frozen=True)
-class Command:
+EXTRAS = {
+    "runtime": ("cv2", "msgspec", "onnxruntime"),
+    "video": ("supervision",),
+    "export": ("onnx", "onnxruntime", "onnxscript"),
+    "onedl": ("torch", "torchvision", "timm", "msgspec", "PIL", "mmengine", "mmcv", "mmdet"),
+}
+"""Modules that an extra brings, as far as commands need them."""
+
+
+class Command(NamedTuple):
     """One word after `castling-det`."""
 
     help: str
@@ -34,7 +40,9 @@ class Command:
 COMMANDS = {
     "doctor": Command("print what is installed, what works and what to do", "castling-det doctor"),
     "config": Command("list, print or copy the configs", "castling-det config --list tree-crowns"),
-    "init": Command("write configs for a data set of yours", "castling-det init data/mine --out mine"),
+    "init": Command(
+        "write configs for a data set of yours", "castling-det init data/mine --out mine", extra="onedl,video"
+    ),
     "check": Command("check data and a config before a training", "castling-det check castling.py", "check_dataset.py"),
     "train": Command("train, by MMDetection's train.py", "castling-det train castling.py"),
     "test": Command("evaluate, by MMDetection's test.py", "castling-det test deploy.py deploy.pth"),
@@ -84,6 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"castling-det {__version__}")
         return 0
     if name not in COMMANDS:
+        import difflib
+
         near = difflib.get_close_matches(name, COMMANDS, 1)
         hint = f"did you mean {near[0]}?" if near else "castling-det --help lists the commands"
         print(f"castling-det: no command {name!r}; {hint}", file=sys.stderr)
@@ -102,6 +112,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             "completion": _completion,
         }[name](name, rest)
     except ImportError as error:
+        missing = [one for extra in command.extra.split(",") for one in EXTRAS[extra] if find_spec(one) is None]
+        if not missing:
+            raise  # a fault of an installed package, or of the user's own module: it needs its traceback
         print(f"castling-det {name}: {error}; pip install 'castling-det[{command.extra}]'", file=sys.stderr)
         return 1
 
@@ -114,6 +127,8 @@ def _usage() -> str:
 
 def _run(script: Path | str, name: str, arguments: Sequence[str]) -> int:
     """Runs a script as Python does, under the command's name."""
+    import runpy
+
     script = Path(script)
     if not script.is_file():
         print(f"castling-det {name}: {script.name} is not in the wheel; run it in a clone", file=sys.stderr)
@@ -129,8 +144,12 @@ def _run(script: Path | str, name: str, arguments: Sequence[str]) -> int:
     return 0
 
 
+def _parser(name: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(prog=f"castling-det {name}", description=COMMANDS[name].help)
+
+
 def _doctor(name: str, arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog=f"castling-det {name}", description=COMMANDS[name].help)
+    parser = _parser(name)
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     args = parser.parse_args(arguments)
     from castling_det.doctor import run_doctor
@@ -139,7 +158,7 @@ def _doctor(name: str, arguments: Sequence[str]) -> int:
 
 
 def _config(name: str, arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog=f"castling-det {name}", description=COMMANDS[name].help)
+    parser = _parser(name)
     parser.add_argument("config", nargs="?", help="name of a config, or a part of names with --list; a file's path")
     parser.add_argument("--list", action="store_true", help="print the names, to be written after castling_det::")
     parser.add_argument("--out", type=Path, help="write it there, with all its bases resolved, instead of printing it")
@@ -175,24 +194,32 @@ def _init(name: str, arguments: Sequence[str]) -> int:
 def _host_tool(name: str, arguments: Sequence[str]) -> int:
     from castling_det.compat.host import mmdet_tool
 
-    return _run(mmdet_tool(f"{name}.py"), name, arguments)
+    return _run(mmdet_tool(f"{name}.py"), name, _found(arguments))
+
+
+def _found(arguments: Sequence[str]) -> list[str]:
+    """Paths instead of `castling_det::` names, which MMDetection's tools take in `_base_` only."""
+    prefix = "castling_det::"
+    return [str(MIM / "configs" / one.removeprefix(prefix)) if one.startswith(prefix) else one for one in arguments]
 
 
 def _distributed(name: str, arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog=f"castling-det {name}", description=COMMANDS[name].help)
+    parser = _parser(name)
     parser.add_argument("gpus", type=int, help="processes, one for each GPU")
     parser.add_argument("command", choices=("train", "test"))
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the command")
     args = parser.parse_args(arguments)
+    import subprocess
+
     from castling_det.compat.host import mmdet_tool
 
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.gpus}"]
-    command = [*launcher, mmdet_tool(f"{args.command}.py"), *args.arguments, "--launcher", "pytorch"]
+    command = [*launcher, mmdet_tool(f"{args.command}.py"), *_found(args.arguments), "--launcher", "pytorch"]
     return subprocess.run(command).returncode
 
 
 def _completion(name: str, arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog=f"castling-det {name}", description=COMMANDS[name].help)
+    parser = _parser(name)
     parser.add_argument("shell", choices=("bash", "zsh"))
     args = parser.parse_args(arguments)
     if args.shell == "zsh":
