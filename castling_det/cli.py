@@ -21,7 +21,11 @@ EXTRAS = {
     "runtime": ("cv2", "msgspec", "onnxruntime"),
     "video": ("supervision",),
     "export": ("onnx", "onnxruntime", "onnxscript"),
-    "onedl": ("torch", "torchvision", "timm", "msgspec", "PIL", "mmengine", "mmcv", "mmdet"),
+    "test": ("doit",),
+    "onedl": (
+        *("torch", "torchvision", "timm", "safetensors", "mmengine", "mmcv", "mmdet"),
+        *("msgspec", "PIL", "matplotlib", "jinja2", "rich", "faster_coco_eval"),
+    ),
 }
 """Modules that an extra brings, as far as commands need them."""
 
@@ -34,7 +38,7 @@ class Command(NamedTuple):
     script: str | None = None
     """Of tools/; None: of this file."""
     extra: str = "onedl"
-    """What `pip install "castling-det[...]"` must name for it."""
+    """What of `pip install "castling-det[...]"` it needs."""
 
 
 COMMANDS = {
@@ -76,7 +80,10 @@ COMMANDS = {
         "time the attentions, in a clone", "castling-det benchmark --levels core --sizes 16 32", "benchmark.py"
     ),
     "uptrain": Command(
-        "make trained softmax detectors linear, in a clone", "castling-det uptrain --distill", "uptrain.py"
+        "make trained softmax detectors linear, in a clone",
+        "castling-det uptrain --distill",
+        "uptrain.py",
+        "onedl,test",
     ),
     "completion": Command("print the shell's completion", 'eval "$(castling-det completion bash)"'),
 }
@@ -112,10 +119,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             "completion": _completion,
         }[name](name, rest)
     except ImportError as error:
-        missing = [one for extra in command.extra.split(",") for one in EXTRAS[extra] if find_spec(one) is None]
+        missing = [extra for extra in command.extra.split(",") if not all(map(find_spec, EXTRAS[extra]))]
         if not missing:
             raise  # a fault of an installed package, or of the user's own module: it needs its traceback
-        print(f"castling-det {name}: {error}; pip install 'castling-det[{command.extra}]'", file=sys.stderr)
+        hint = "" if "pip install" in str(error) else f"; pip install 'castling-det[{','.join(missing)}]'"
+        print(f"castling-det {name}: {error}{hint}", file=sys.stderr)
         return 1
 
 

@@ -65,7 +65,7 @@ def test_what_is_not_installed_is_named_with_its_extra(monkeypatch, capsys: pyte
     monkeypatch.setitem(sys.modules, "supervision", None)
     assert cli.main(["init", "data"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.endswith("; pip install 'castling-det[onedl,video]'")
+    assert line.endswith("; pip install 'castling-det[video]'")
     monkeypatch.setattr(cli, "MIM", cli.MIM / "nothing")
     assert cli.main(["convert"]) == 1
     assert capsys.readouterr().err == "castling-det convert: convert.py is not in the wheel; run it in a clone\n"

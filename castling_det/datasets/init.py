@@ -152,8 +152,8 @@ def divide(whole: Split, out: Path, *, listed: Path | None = None) -> tuple[Spli
     groups = {"train": {image["id"] for image in images} - held, "val": held}
     if listed is not None and (listed / "val.txt").is_file():
         stems = {name: (listed / f"{name}.txt").read_text(encoding="utf-8").split() for name in groups}
-        ids = {Path(image["file_name"]).stem: image["id"] for image in images}
-        groups = {name: {ids[stem] for stem in stems[name] if stem in ids} for name in groups}
+        by_stem = {Path(image["file_name"]).stem: image["id"] for image in images}
+        groups = {name: {by_stem[stem] for stem in stems[name] if stem in by_stem} for name in groups}
     for name, ids in groups.items():
         chosen = [image for image in images if image["id"] in ids]
         boxes = [row for row in document["annotations"] if row["image_id"] in ids]
