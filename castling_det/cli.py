@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import difflib
-import runpy
-import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 from castling_det import __version__
 
@@ -19,8 +17,20 @@ MIM = Path(__file__).resolve().parent / ".mim"
 """Configs and tools, installed beside the package as OpenMMLab's packages have them."""
 
 
-@dataclass(frozen=True)
-class Command:
+EXTRAS = {
+    "runtime": ("cv2", "msgspec", "onnxruntime"),
+    "video": ("supervision",),
+    "export": ("onnx", "onnxruntime", "onnxscript"),
+    "test": ("doit",),
+    "onedl": (
+        *("torch", "torchvision", "timm", "safetensors", "mmengine", "mmcv", "mmdet"),
+        *("msgspec", "PIL", "matplotlib", "jinja2", "rich", "faster_coco_eval"),
+    ),
+}
+"""Modules that an extra brings, as far as commands need them."""
+
+
+class Command(NamedTuple):
     """One word after `castling-det`."""
 
     help: str
@@ -28,13 +38,15 @@ class Command:
     script: str | None = None
     """Of tools/; None: of this file."""
     extra: str = "onedl"
-    """What `pip install "castling-det[...]"` must name for it."""
+    """What of `pip install "castling-det[...]"` it needs."""
 
 
 COMMANDS = {
     "doctor": Command("print what is installed, what works and what to do", "castling-det doctor"),
     "config": Command("list, print or copy the configs", "castling-det config --list tree-crowns"),
-    "init": Command("write configs for a data set of yours", "castling-det init data/mine --out mine"),
+    "init": Command(
+        "write configs for a data set of yours", "castling-det init data/mine --out mine", extra="onedl,video"
+    ),
     "check": Command("check data and a config before a training", "castling-det check castling.py", "check_dataset.py"),
     "train": Command("train, by MMDetection's train.py", "castling-det train castling.py"),
     "test": Command("evaluate, by MMDetection's test.py", "castling-det test deploy.py deploy.pth"),
@@ -68,7 +80,10 @@ COMMANDS = {
         "time the attentions, in a clone", "castling-det benchmark --levels core --sizes 16 32", "benchmark.py"
     ),
     "uptrain": Command(
-        "make trained softmax detectors linear, in a clone", "castling-det uptrain --distill", "uptrain.py"
+        "make trained softmax detectors linear, in a clone",
+        "castling-det uptrain --distill",
+        "uptrain.py",
+        "onedl,test",
     ),
     "completion": Command("print the shell's completion", 'eval "$(castling-det completion bash)"'),
 }
@@ -84,6 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"castling-det {__version__}")
         return 0
     if name not in COMMANDS:
+        import difflib
+
         near = difflib.get_close_matches(name, COMMANDS, 1)
         hint = f"did you mean {near[0]}?" if near else "castling-det --help lists the commands"
         print(f"castling-det: no command {name!r}; {hint}", file=sys.stderr)
@@ -102,7 +119,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             "completion": _completion,
         }[name](name, rest)
     except ImportError as error:
-        print(f"castling-det {name}: {error}; pip install 'castling-det[{command.extra}]'", file=sys.stderr)
+        missing = [extra for extra in command.extra.split(",") if not all(map(find_spec, EXTRAS[extra]))]
+        if not missing:
+            raise  # a fault of an installed package, or of the user's own module: it needs its traceback
+        hint = "" if "pip install" in str(error) else f"; pip install 'castling-det[{','.join(missing)}]'"
+        print(f"castling-det {name}: {error}{hint}", file=sys.stderr)
         return 1
 
 
@@ -114,6 +135,8 @@ def _usage() -> str:
 
 def _run(script: Path | str, name: str, arguments: Sequence[str]) -> int:
     """Runs a script as Python does, under the command's name."""
+    import runpy
+
     script = Path(script)
     if not script.is_file():
         print(f"castling-det {name}: {script.name} is not in the wheel; run it in a clone", file=sys.stderr)
@@ -129,8 +152,12 @@ def _run(script: Path | str, name: str, arguments: Sequence[str]) -> int:
     return 0
 
 
+def _parser(name: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(prog=f"castling-det {name}", description=COMMANDS[name].help)
+
+
 def _doctor(name: str, arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog=f"castling-det {name}", description=COMMANDS[name].help)
+    parser = _parser(name)
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     args = parser.parse_args(arguments)
     from castling_det.doctor import run_doctor
@@ -139,7 +166,7 @@ def _doctor(name: str, arguments: Sequence[str]) -> int:
 
 
 def _config(name: str, arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog=f"castling-det {name}", description=COMMANDS[name].help)
+    parser = _parser(name)
     parser.add_argument("config", nargs="?", help="name of a config, or a part of names with --list; a file's path")
     parser.add_argument("--list", action="store_true", help="print the names, to be written after castling_det::")
     parser.add_argument("--out", type=Path, help="write it there, with all its bases resolved, instead of printing it")
@@ -175,24 +202,32 @@ def _init(name: str, arguments: Sequence[str]) -> int:
 def _host_tool(name: str, arguments: Sequence[str]) -> int:
     from castling_det.compat.host import mmdet_tool
 
-    return _run(mmdet_tool(f"{name}.py"), name, arguments)
+    return _run(mmdet_tool(f"{name}.py"), name, _found(arguments))
+
+
+def _found(arguments: Sequence[str]) -> list[str]:
+    """Paths instead of `castling_det::` names, which MMDetection's tools take in `_base_` only."""
+    prefix = "castling_det::"
+    return [str(MIM / "configs" / one.removeprefix(prefix)) if one.startswith(prefix) else one for one in arguments]
 
 
 def _distributed(name: str, arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog=f"castling-det {name}", description=COMMANDS[name].help)
+    parser = _parser(name)
     parser.add_argument("gpus", type=int, help="processes, one for each GPU")
     parser.add_argument("command", choices=("train", "test"))
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the command")
     args = parser.parse_args(arguments)
+    import subprocess
+
     from castling_det.compat.host import mmdet_tool
 
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.gpus}"]
-    command = [*launcher, mmdet_tool(f"{args.command}.py"), *args.arguments, "--launcher", "pytorch"]
+    command = [*launcher, mmdet_tool(f"{args.command}.py"), *_found(args.arguments), "--launcher", "pytorch"]
     return subprocess.run(command).returncode
 
 
 def _completion(name: str, arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog=f"castling-det {name}", description=COMMANDS[name].help)
+    parser = _parser(name)
     parser.add_argument("shell", choices=("bash", "zsh"))
     args = parser.parse_args(arguments)
     if args.shell == "zsh":

@@ -59,18 +59,39 @@ def test_names_of_our_configs_are_taken(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_what_is_not_installed_is_named_with_its_extra(monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setitem(sys.modules, "castling_det.doctor", None)
-    assert cli.main(["doctor"]) == 1
-    assert capsys.readouterr().err.rstrip().endswith("pip install 'castling-det[onedl]'")
+    monkeypatch.setitem(sys.modules, "castling_det.datasets.init", None)
+    with pytest.raises(ImportError):  # nothing that a pip install would bring
+        cli.main(["init", "data"])
+    monkeypatch.setitem(sys.modules, "supervision", None)
+    assert cli.main(["init", "data"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("; pip install 'castling-det[video]'")
     monkeypatch.setattr(cli, "MIM", cli.MIM / "nothing")
     assert cli.main(["convert"]) == 1
     assert capsys.readouterr().err == "castling-det convert: convert.py is not in the wheel; run it in a clone\n"
 
 
+def test_completion_is_taken_by_bash() -> None:
+    command = [sys.executable, "-m", "castling_det", "completion", "bash"]
+    script = subprocess.run(command, capture_output=True, text=True, check=True)
+    asked = "compgen -W \"$(complete -p castling-det | cut -d\\' -f2)\" con"
+    done = subprocess.run(["bash", "-c", f"{script.stdout}\n{asked}"], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["config", "convert"]
+
+
+def test_mmdetections_tools_take_names_of_our_configs(monkeypatch, tmp_path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text("import sys\nfrom pathlib import Path\nsys.exit(10 + Path(sys.argv[1]).is_file())\n")
+    monkeypatch.setattr("castling_det.compat.host.mmdet_tool", lambda name: str(script))
+    monkeypatch.setattr(sys, "argv", [])
+    assert cli.main(["train", "castling_det::castling_vit/gfl_castling-vit-nano_castling_tree-crowns.py"]) == 11
+    assert cli.main(["test", "castling_det::castling_vit/nothing.py"]) == 10
+
+
 def test_processes_of_a_distributed_training(monkeypatch) -> None:
     called = []
     done = subprocess.CompletedProcess([], 3)
-    monkeypatch.setattr(cli.subprocess, "run", lambda command: called.append(command) or done)
+    monkeypatch.setattr(subprocess, "run", lambda command: called.append(command) or done)
     assert cli.main(["dist", "2", "train", "castling.py", "--amp"]) == 3
     (command,) = called
     assert "--nproc-per-node=2" in command and command[-4:] == ["castling.py", "--amp", "--launcher", "pytorch"]

@@ -61,12 +61,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_args(arguments)
     from castling_det.conversion import convert, manifest_path, start_from_softmax
 
+    # Not quoted: by castling-det the name is two words.
+    name, words = (sys.argv[0], sys.argv[1:]) if arguments is None else ("tools/convert.py", arguments)
     options = dict(
         weights=args.weights,
         probe_images=args.probe_images,
         num_probes=args.num_probes,
         shape=tuple(args.shape) if args.shape else None,
-        command=shlex.join(sys.argv if arguments is None else ["tools/convert.py", *arguments]),
+        command=f"{name} {shlex.join(words)}",
     )
     try:
         if args.from_softmax:

@@ -54,7 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             shapes=[_shape(text) for text in args.shapes] if args.shapes else None,
         )
     except ImportError as error:
-        print(f"export_onnx: {error}; pip install 'castling-det[export]'", file=sys.stderr)
+        extras = "export" if (error.name or "").startswith("onnx") else "onedl,export"
+        print(f"export_onnx: {error}; pip install 'castling-det[{extras}]'", file=sys.stderr)
         return 1
     except (ValueError, OSError) as error:
         # An OSError of ours has its sentence in `strerror`, the system's has the file beside it.

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median, quantiles
@@ -15,20 +16,25 @@ from typing import Any
 from castling_det.datasets.checks import check_annotation_file, raise_for_problems
 from castling_det.files import write_json, write_text
 
-__all__ = ["Split", "Statistics", "find_splits", "main", "write_configs"]
+__all__ = ["Split", "Statistics", "divide", "find_splits", "main", "write_configs"]
 
 BASE = "castling_det::_base_/own_data.py"
 BATCH, STRIDE = 4, 8
 """Images of an iteration, and pixels of a token, in the base."""
 HELD_OUT = 10
 """Without validation files every tenth image is held out, and one of fewer."""
-LAYOUTS = {
-    "train": ("annotations/train.json train", "annotations/instances_train2017.json train2017", "train.json images",
-              "train/_annotations.coco.json train"),
-    "val": ("annotations/val.json val", "annotations/instances_val2017.json val2017", "val.json images",
-            "valid/_annotations.coco.json valid", "val/_annotations.coco.json val"),
-}  # fmt: skip
-"""Where COCO's own data set, exports of labelling services and our converters have annotations and images."""
+WORDS = {"train": ("train", "train2017"), "val": ("val", "valid", "val2017")}
+"""What files and folders of a split are called by COCO, labelling services, YOLO and our converters."""
+COCO_FILES = ("annotations/{}.json", "annotations/instances_{}.json", "{}.json", "{}/_annotations.coco.json")
+"""Looked for in this order."""
+COCO_IMAGES = ("{}", "images/{}", "images", ".")
+"""The first that has the file's first image is taken."""
+OTHERS = (
+    ("from_yolo", "images/{}", "labels/{}"),
+    ("from_yolo", "{}/images", "{}/labels"),
+    ("from_pascal_voc", "JPEGImages", "Annotations"),
+)
+"""Readers of supervision, and the folders of images and labels that they take."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +60,8 @@ class Statistics:
 
     @classmethod
     def of(cls, annotations: Path) -> Statistics:
-        """Reads a COCO file that passed its checks."""
-        document = json.loads(annotations.read_text(encoding="utf-8"))
+        """Of a COCO file; ValueError: it does not pass its checks, or has too few boxes."""
+        document = _read(annotations)
         sides = [max(image["width"], image["height"]) for image in document["images"]]
         sizes = [row["bbox"][2:] for row in document["annotations"] if not row.get("iscrowd")]
         boxes = [math.sqrt(width * height) for width, height in sizes]
@@ -95,64 +101,79 @@ def find_splits(data: Path, out: Path) -> tuple[Split, Split]:
     Of the two latter, and where no validation data are found, COCO files are written under `out`. ValueError says what
     was looked for.
     """
-    found = {}
-    for split, places in LAYOUTS.items():
-        pairs = (place.split() for place in places)
-        paths = [Split(data / file, data / folder) for file, folder in pairs if (data / file).is_file()]
-        found[split] = paths[0] if paths else None
-    train = found["train"] or next(_converted(data, out), None)
+    train, val = (_coco(data, words) or _converted(data, split, out) for split, words in WORDS.items())
     if train is None:
-        names = ", ".join(place.split()[0] for place in LAYOUTS["train"])
+        names = ", ".join(name.format("train") for name in (*COCO_FILES, *(labels for _, _, labels in OTHERS)))
         raise ValueError(
-            f"{data}: no data set was found; looked for {names}, data.yaml (YOLO) and Annotations/*.xml (Pascal VOC); "
-            "name the files by --train, --val and --images"
+            f"{data}: no data set was found; looked for {names}; name a COCO file by --train, --val and --images"
         )
-    return (train, found["val"]) if found["val"] else _divided(train, out)
+    return (train, val) if val else divide(train, out, listed=data / "ImageSets" / "Main")
 
 
-def _converted(data: Path, out: Path) -> Iterator[Split]:
-    """The data of a YOLO or Pascal VOC folder as a COCO file."""
-    places = (("images/train", "labels/train"), ("train/images", "train/labels"), ("JPEGImages", "Annotations"))
-    pairs = [(data / images, data / labels) for images, labels in places]
-    folders = [pair for pair in pairs if all(map(Path.is_dir, pair))]
-    if not folders:
-        return
-    try:
-        from supervision import DetectionDataset
-    except ImportError as error:
-        problem = f"YOLO and Pascal VOC need supervision ({error}); pip install 'castling-det[video]'"
-        raise ValueError(f"{data}: {problem}") from None
-    images, labels = folders[0]
-    if images.name == "JPEGImages":
-        loaded = DetectionDataset.from_pascal_voc(str(images), str(labels))
-    else:
-        loaded = DetectionDataset.from_yolo(str(images), str(labels), str(data / "data.yaml"))
-    target = out / "annotations" / "all.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    loaded.as_coco(annotations_path=str(target))
-    yield Split(target, images)
+def _read(annotations: Path) -> dict[str, Any]:
+    raise_for_problems(check_annotation_file(annotations), source=str(annotations))
+    document: dict[str, Any] = json.loads(annotations.read_text(encoding="utf-8"))
+    return document
 
 
-def _divided(whole: Split, out: Path) -> tuple[Split, Split]:
-    """Holds every tenth image out, in the order of file names."""
-    document: dict[str, Any] = json.loads(whole.annotations.read_text(encoding="utf-8"))
+def _coco(data: Path, words: Iterable[str]) -> Split | None:
+    for word in words:
+        for file in (data / pattern.format(word) for pattern in COCO_FILES):
+            if file.is_file():
+                first = _read(file)["images"][0]["file_name"]
+                folders = [data / pattern.format(word) for pattern in COCO_IMAGES]
+                return Split(file, next((one for one in folders if (one / first).is_file()), folders[0]))
+    return None
+
+
+def _converted(data: Path, split: str, out: Path) -> Split | None:
+    """A COCO file of the split in a YOLO or Pascal VOC folder; the latter has all its images in one place."""
+    for reader, *names in OTHERS:
+        for images, labels in ([data / name.format(word) for name in names] for word in WORDS[split]):
+            if not (images.is_dir() and labels.is_dir()) or (reader == "from_pascal_voc" and split == "val"):
+                continue
+            from supervision import DetectionDataset
+
+            target = out / "annotations" / f"{split}.json"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            names_file = [*sorted(data.glob("*.yaml")), data / "data.yaml"][:1] if reader == "from_yolo" else []
+            read = getattr(DetectionDataset, reader)
+            read(*map(str, (images, labels, *names_file))).as_coco(annotations_path=str(target))
+            return Split(target, images)
+    return None
+
+
+def divide(whole: Split, out: Path, *, listed: Path | None = None) -> tuple[Split, Split]:
+    """Holds every tenth image out, in the order of file names, or divides by Pascal VOC's folder of lists."""
+    document = _read(whole.annotations)
     images = sorted(document["images"], key=lambda image: image["file_name"])
-    every, parts = min(HELD_OUT, len(images)), []
-    for name in ("train", "val"):
-        held = [image for place, image in enumerate(images) if (place % every == every - 1) == (name == "val")]
-        ids = {image["id"] for image in held}
+    every = min(HELD_OUT, len(images))
+    held = {image["id"] for image in images[every - 1 :: every]}
+    groups = {"train": {image["id"] for image in images} - held, "val": held}
+    if listed is not None and (listed / "val.txt").is_file():
+        stems = {name: (listed / f"{name}.txt").read_text(encoding="utf-8").split() for name in groups}
+        by_stem = {Path(image["file_name"]).stem: image["id"] for image in images}
+        groups = {name: {by_stem[stem] for stem in stems[name] if stem in by_stem} for name in groups}
+    for name, ids in groups.items():
+        chosen = [image for image in images if image["id"] in ids]
         boxes = [row for row in document["annotations"] if row["image_id"] in ids]
-        write_json(out / "annotations" / f"{name}.json", {**document, "images": held, "annotations": boxes})
-        parts.append(Split(out / "annotations" / f"{name}.json", whole.images))
-    return parts[0], parts[1]
+        write_json(out / "annotations" / f"{name}.json", {**document, "images": chosen, "annotations": boxes})
+    train, val = (Split(out / "annotations" / f"{name}.json", whole.images) for name in groups)
+    return train, val
 
 
 def write_configs(out: Path, train: Split, val: Split, *, flip: bool = True) -> Statistics:
     """Writes softmax.py, castling.py and deploy.py; ValueError: data that cannot be trained on."""
-    for split in (train, val):
-        problems = check_annotation_file(split.annotations, image_root=split.images)
-        raise_for_problems(problems, source=str(split.annotations))
+    if present := [name for name in ("softmax.py", "castling.py", "deploy.py") if (out / name).exists()]:
+        raise ValueError(f"{out}: {', '.join(present)} is there already; name another folder by --out, or remove it")
     found = Statistics.of(train.annotations)
+    for split in (train, val):
+        problems = check_annotation_file(
+            split.annotations, classes=found.classes, image_root=split.images, level="headers"
+        )
+        raise_for_problems(problems, source=str(split.annotations))
+        for problem in problems:
+            print(problem)
     scale = found.size / found.side
     datasets = {
         name: f"data_root={str(split.images.resolve()) + '/'!r}, ann_file={str(split.annotations.resolve())!r}"
@@ -210,13 +231,14 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--images", type=Path, metavar="DIR", help="folder of the images of both files")
     parser.add_argument("--no-flip", action="store_true", help="mirrored objects are others, as in text and music")
     args = parser.parse_args(argv)
+    images = args.images or args.data
     try:
-        if args.train is not None:
-            train = Split(args.train, args.images or args.data)
-            val = Split(args.val, args.images or args.data) if args.val else None
-            train, val = (train, val) if val else _divided(train, args.out)
-        else:
+        if args.train is None:
             train, val = find_splits(args.data, args.out)
+        elif args.val is None:
+            train, val = divide(Split(args.train, images), args.out)
+        else:
+            train, val = Split(args.train, images), Split(args.val, images)
         found = write_configs(args.out, train, val, flip=not args.no_flip)
     except (ValueError, OSError) as error:
         print(f"castling-det init: {error}", file=sys.stderr)
@@ -227,10 +249,10 @@ def main(argv: Sequence[str]) -> int:
         f"{found.crop}, strides {', '.join(map(str, found.strides))}, {found.max_iters} iterations. Next:\n"
     )
     for command in (
-        f"train {out / 'castling.py'} --work-dir {out / 'castling'}",
-        f"convert {out / 'castling.py'} {out / 'castling' / f'iter_{found.max_iters}.pth'} {out / 'deploy.pth'}",
-        f"export {out / 'deploy.py'} {out / 'deploy.pth'} {out / 'deploy.onnx'}",
-        f"detect {out / 'deploy.onnx'} {val.images}",
+        ("train", out / "castling.py", "--work-dir", out / "castling"),
+        ("convert", out / "castling.py", out / "castling" / f"iter_{found.max_iters}.pth", out / "deploy.pth"),
+        ("export", out / "deploy.py", out / "deploy.pth", out / "deploy.onnx"),
+        ("detect", out / "deploy.onnx", val.images),
     ):
-        print(f"  castling-det {command}")
+        print("  castling-det", shlex.join(map(str, command)))
     return 0

@@ -104,8 +104,8 @@ def shipped(name: str) -> Path:
     """The ONNX file of a detector that comes with the package; ValueError for another name or a file that changed."""
     path = WEIGHTS / f"{name}.onnx"
     if not path.is_file():
-        names = ", ".join(sorted(file.stem for file in WEIGHTS.glob("*.onnx")))
-        raise ValueError(f"model {name}: no such file, and no detector of ours; expected an .onnx file or {names}")
+        names = " or ".join(["an .onnx file", *sorted(file.stem for file in WEIGHTS.glob("*.onnx"))])
+        raise ValueError(f"model {name}: no such file, and no detector of ours; expected {names}")
     card = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     if sha256_of(path) != card["sha256"]:
         raise ValueError(f"model {path}: another file than its card {path.stem}.json describes; reinstall castling-det")

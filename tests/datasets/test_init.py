@@ -38,6 +38,14 @@ def yolo(root: Path) -> None:
     (root / "data.yaml").write_text("names: [helmet, vest]\nnc: 2\n")
 
 
+def yolo_with_validation(root: Path) -> set[str]:
+    yolo(root)
+    for part, suffix in (("images", "png"), ("labels", "txt")):
+        (root / "valid" / part).mkdir(parents=True)
+        (root / part / "train" / f"3.{suffix}").rename(root / "valid" / part / f"3.{suffix}")
+    return {"3.png"}
+
+
 def voc(root: Path) -> None:
     (root / "JPEGImages").mkdir(parents=True)
     (root / "Annotations").mkdir()
@@ -53,9 +61,28 @@ def voc(root: Path) -> None:
         (root / "Annotations" / f"{number}.xml").write_text(text)
 
 
-@pytest.mark.parametrize("make", [coco, one_file, yolo, voc])
+def listed_voc(root: Path) -> set[str]:
+    voc(root)
+    (root / "ImageSets" / "Main").mkdir(parents=True)
+    (root / "ImageSets" / "Main" / "train.txt").write_text("1\n2\n")
+    (root / "ImageSets" / "Main" / "val.txt").write_text("3\n4\n")
+    return {"3.png", "4.png"}
+
+
+def unusual_coco(root: Path) -> set[str]:
+    write_data(root)
+    (root / "annotations").mkdir()
+    for name in ("train", "val"):
+        (root / f"{name}.json").rename(root / "annotations" / f"instances_{name}2017.json")
+        for row in json.loads((root / "annotations" / f"instances_{name}2017.json").read_text())["images"]:
+            (root / "images" / f"{name}2017").mkdir(exist_ok=True)
+            (root / "images" / row["file_name"]).rename(root / "images" / f"{name}2017" / row["file_name"])
+    return {f"{number}.png" for number in range(200, 204)}
+
+
+@pytest.mark.parametrize("make", [coco, unusual_coco, one_file, yolo, yolo_with_validation, voc, listed_voc])
 def test_a_foreign_data_set_gets_configs_that_can_be_trained(make, tmp_path, capsys):
-    make(tmp_path / "data")
+    validation = make(tmp_path / "data")
     out = tmp_path / "mine"
     assert main([str(tmp_path / "data"), "--out", str(out)]) == 0
     said = capsys.readouterr().out
@@ -71,6 +98,7 @@ def test_a_foreign_data_set_gets_configs_that_can_be_trained(make, tmp_path, cap
         for stage, loader in (("train", config.train_dataloader), ("val", config.val_dataloader))
     }
     assert images["train"] and images["val"] and not images["train"] & images["val"]
+    assert validation in (None, images["val"])
     hook = load_config(out / "castling.py").custom_hooks[-1]
     crop = config.train_pipeline[4].crop_size[0]
     assert crop % 32 == 0 and hook.end == (crop // 8) ** 2
@@ -83,11 +111,15 @@ def test_files_that_are_named(tmp_path, capsys):
     assert main([*given, "--images", str(tmp_path / "data" / "images"), "--no-flip"]) == 0
     assert load_config(tmp_path / "mine" / "softmax.py").train_pipeline[2].prob == 0
     assert main([*given, "--images", str(tmp_path)]) == 1
+    assert "softmax.py, castling.py, deploy.py is there already" in capsys.readouterr().err
+    given[2] = str(tmp_path / "others")
+    assert main([*given, "--images", str(tmp_path)]) == 1
     assert "100.png" in capsys.readouterr().err and not (tmp_path / "data" / "annotations").exists()
 
 
 def test_no_data_set_says_what_was_looked_for(tmp_path):
-    with pytest.raises(ValueError, match=r"no data set was found; looked for annotations/train\.json, .*data\.yaml"):
+    expected = r"no data set was found; looked for annotations/train\.json, .*labels/train, .*Annotations;"
+    with pytest.raises(ValueError, match=expected):
         find_splits(tmp_path, tmp_path)
 
 
@@ -105,3 +137,15 @@ def test_sizes_follow_from_the_boxes(side, small, large, size, strides):
     found = Statistics(100, side, ("a",), small, large)
     assert (found.size, found.strides, found.crop) == (size, strides, min(size, 384))
     assert [Statistics(n, side, ("a",), small, large).max_iters for n in (8, 100, 10**6)] == [1200, 2400, 24_000]
+
+
+def test_validation_data_of_other_classes_are_refused(tmp_path, capsys):
+    write_data(tmp_path)
+    document = json.loads((tmp_path / "val.json").read_text())
+    document["categories"][0]["name"] = "hat"
+    (tmp_path / "val.json").write_text(json.dumps(document))
+    assert main([str(tmp_path), "--out", str(tmp_path / "mine")]) == 1
+    assert "val.json" in (said := capsys.readouterr().err) and "helmet" in said
+    (tmp_path / "train.json").write_text("{}")
+    assert main([str(tmp_path), "--out", str(tmp_path / "mine")]) == 1
+    assert "images" in capsys.readouterr().err and not (tmp_path / "mine").exists()
