@@ -47,24 +47,14 @@ class Run:
         """It is trained as the hybrid, and converted."""
         return self.attention.startswith("castling")
 
-    @property
-    def part(self) -> str:
-        """Of the training config's name."""
-        return "castling" if self.attention == "castling-large-crops" else self.attention
-
 
 # In the order in which they are trained.
 PRIMARY = (("castling", 1280), ("softmax", 640), ("castling", 896), ("softmax", 448), ("castling", 640))
 SINGLE_SEED = (
     *(("softmax", 896), ("softmax-window", 896), ("castling-progressive", 1280), ("softmax", 320), ("castling", 448)),
     *(("softmax-window", 1280), ("castling", 320), ("linear", 1280), ("softmax-window", 640), ("linear", 640)),
-    ("castling-large-crops", 1280),
 )
 SHEET_RUN = Run("castling", 1280, 0)
-LARGE_CROPS = {
-    "train_dataloader.dataset.pipeline.3.crop_size": "(384,384)",
-    "custom_hooks.2.end": "2304",  # tokens of a crop
-}
 
 
 def _page_options(size: int) -> dict[str, str]:
@@ -144,13 +134,12 @@ class Study:
     def train(self, run: Run) -> Step:
         """One training, for its size of page."""
         options = self.material.options(run.size)
-        options |= LARGE_CROPS if run.attention == "castling-large-crops" else {}
-        return self.plan.train(run.seed, run.name, self.plan.config(run.part), options)
+        return self.plan.train(run.seed, run.name, self.plan.config(run.attention), options)
 
     def accuracy(self, run: Run) -> list[Step]:
         """Training, conversion of a hybrid, export, boxes, and mAP."""
         train = self.train(run)
-        config, options = self.plan.config(run.part), self.material.options(run.size)
+        config, options = self.plan.config(run.attention), self.material.options(run.size)
         weights, steps, folder = train.folder / last_checkpoint(config, options), [train], train.folder
         if run.hybrid:
             deployed = folder / "deploy" / "deploy.pth"
