@@ -85,3 +85,25 @@ def test_an_exported_detector_runs_in_a_clean_environment(clean: Environment, tm
         "import importlib.util as u; print([n for n in " + repr(HEAVY) + " if u.find_spec(n)])"
     )
     assert run([clean.python, "-c", code], tmp_path).stdout.split("\n")[:2] == ["('spot',)", "[]"]
+
+
+def test_the_detector_of_the_package_finds_notes_in_the_first_minute(clean: Environment, tmp_path: Path) -> None:
+    """Four staves of eight notes, drawn here: no font and no engraver that the detector was trained on."""
+    import cv2
+    import numpy as np
+
+    page = np.full((1280, 931, 3), 255, np.uint8)
+    for top in range(200, 1000, 200):
+        for line in range(5):
+            cv2.line(page, (80, top + 11 * line), (850, top + 11 * line), (0, 0, 0), 1)
+        for note in range(8):
+            x, y = 140 + 85 * note, top + 11 * (note % 5)
+            cv2.ellipse(page, (x, y), (7, 5), -20, 0, 360, (0, 0, 0), -1, cv2.LINE_AA)
+            cv2.line(page, (x + 6, y), (x + 6, y - 38), (0, 0, 0), 1)
+    cv2.imwrite(str(tmp_path / "page.png"), page)
+    said = run([clean.python, "-m", "castling_det", "detect", "page.png", "--score-thr", "0.5"], tmp_path)
+    assert "detections in 1 images" in said.stdout and said.stderr == ""
+    entries = json.loads((tmp_path / "detections" / "predictions.json").read_text())
+    classes = json.loads((tmp_path / "detections" / "images.json").read_text())["categories"]
+    (notehead,) = (row["id"] for row in classes if row["name"] == "noteheadBlack")
+    assert sum(entry["category_id"] == notehead for entry in entries) == 32

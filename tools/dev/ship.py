@@ -38,8 +38,7 @@ def main(name: str, config: str, checkpoint: str, size: str, annotations: str, i
         "name": name,
         "sha256": sha256_of(path),
         "bytes": path.stat().st_size,
-        "task": "symbols of engraved music on whole pages, read at a longest side of "
-        f"{size} pixels: about 12 to a notehead",
+        "task": f"symbols of engraved music on whole pages, resized to a longest side of {size} pixels",
         "classes": report.metadata.classes,
         "map": round(float(values[0]), 4),
         "map50": round(map50, 4),
