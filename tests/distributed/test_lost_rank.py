@@ -42,6 +42,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_run_ends_and_resumes_to_the_same_weights(config: Path) -> None:
     began = time.time()
     failed = launch(config / "dies.py")

@@ -17,7 +17,7 @@ from tests.robustness.records import Trials, read_trials, trials_markdown, write
 KILLS = {"data preparation": 2, "demo training": 3}
 
 
-@pytest.mark.parametrize("name", KILLS)
+@pytest.mark.parametrize("name", ["data preparation", pytest.param("demo training", marks=pytest.mark.slow)])
 def test_killed_commands_start_again_and_end_the_same(tmp_path: Path, name: str) -> None:
     """In a process of its own: forks of one that has run other tests would wait for their threads forever."""
     if name not in {target.name for target in targets()}:
