@@ -9,14 +9,14 @@ import pytest
 from castling_det.report.render import html_page
 from tests.report.browser import show
 from tests.report.conftest import Demo
-from tests.report.test_page import HOSTILE, hostile
+from tests.report.test_page import HOSTILE, PLOTS, hostile
 
 
 def test_the_page_is_shown_whole(demo_page: str, tmp_path: Path) -> None:
     shown = show(demo_page, tmp_path)
     assert shown.console == []
     images = shown.found["images"]
-    assert len(images) == 9 + 10 and all(image["whole"] for image in images)
+    assert len(images) == 9 + len(PLOTS) and all(image["whole"] for image in images)
     for image in images:
         width, height = image["size"]
         assert width > 200 and height > 150, image
