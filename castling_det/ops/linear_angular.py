@@ -11,7 +11,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from castling_det.ops.masked_softmax import MaskedSoftmax
-from castling_det.ops.numerics import EPS, accumulation_dtype, length_of, vector_norm, without_autocast
+from castling_det.ops.numerics import (
+    EPS,
+    accumulation_dtype,
+    kernels,
+    length_of,
+    uses_kernels,
+    vector_norm,
+    without_autocast,
+)
 
 __all__ = ["NORMALIZERS", "linear_angular_attention", "linear_angular_packed"]
 
@@ -54,6 +62,10 @@ def linear_angular_attention(
     _check_normalizer(normalizer)
     v_at_q = v if v_at_q is None else v_at_q
     _check_shapes(q, k, v, v_at_q if normalizer == "l2" else None)
+    if _uses_kernels(normalizer, v):
+        inputs = (q, k, v) if v_at_q is v else (q, k, v, v_at_q)
+        out: Tensor = kernels("linear_angular").LinearAngular.apply(None if aux is None else aux.out, *inputs)[0]
+        return out
     accumulation = accumulation_dtype(v.dtype)
     with without_autocast(v):
         q_BMHK, k_BNHK, v_BNHV, own_BMHV = (x.to(accumulation).transpose(1, 2) for x in (q, k, v, v_at_q))
@@ -87,9 +99,11 @@ def linear_angular_packed(
         ValueError: unknown `normalizer`.
     """
     _check_normalizer(normalizer)
-    # A compiler fuses the derivative of the formula on its own; a tracer needs the formula.
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    if normalizer == "l2" and torch.is_grad_enabled() and not traced:
+    if _uses_kernels(normalizer, qkv):
+        out_BHNK, v_BNHK = kernels("linear_angular").LinearAngular.apply(None if aux is None else aux.out, qkv)
+        out_BNHK = out_BHNK.transpose(1, 2)
+        return out_BNHK if local is None else local(v_BNHK).add_(out_BNHK)
+    if normalizer == "l2" and torch.is_grad_enabled() and not _is_traced():
         out_BNHK, v_BNHK = _PackedUnitSum.apply(qkv, None if aux is None else aux.out)  # type: ignore[no-untyped-call]
         return out_BNHK.to(qkv.dtype) if local is None else local(v_BNHK).add_(out_BNHK)
     v_BNHK = qkv[:, :, 2].contiguous()
@@ -103,6 +117,15 @@ def linear_angular_packed(
         if local_BNHK is None:
             return result.out().to(qkv.dtype)
         return local_BNHK.addcmul_(result.total_BMHV, result.factor_BMH1)
+
+
+def _is_traced() -> bool:
+    # A compiler fuses the derivative of the formula on its own; a tracer needs the formula.
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+
+
+def _uses_kernels(normalizer: str, v: Tensor) -> bool:
+    return normalizer == "l2" and not _is_traced() and uses_kernels(v)
 
 
 class _WeightedSum(NamedTuple):

@@ -1,19 +1,26 @@
 """The auxiliary branch of training: softmax attention that keeps only the probabilities above a threshold.
 
-Exact, computed in blocks of queries and again in backward: no N x N tensor is alive across the call or inside it.
+Exact, computed in blocks of queries and again in backward: no N x N tensor is alive across the call or inside it. On a
+GPU the blocks are the tiles of `triton_masked_softmax.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from castling_det.ops.numerics import accumulation_dtype, uses_kernels, without_autocast
+from castling_det.ops.numerics import (
+    accumulation_dtype,
+    empty_gradients,
+    heads_of,
+    kernels,
+    uses_kernels,
+    without_autocast,
+)
 
 __all__ = ["MaskedSoftmax", "masked_softmax", "masked_softmax_attention", "masked_softmax_packed"]
 
@@ -48,34 +55,24 @@ def masked_softmax(q: Tensor, k: Tensor, v: Tensor, threshold: float, *, scale: 
     Raises:
         ValueError: negative or NaN threshold.
     """
-    _check_threshold(threshold)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    dtype = v.dtype if uses_kernels(v) else accumulation_dtype(v.dtype)
-    with without_autocast(v):
-        # A tensor, because the threshold changes every iteration and torch.compile makes a graph for every number.
-        limit = torch.full((), threshold, dtype=torch.float64)
-        out, kept_mass, count, _ = _forward(q.to(dtype), k.to(dtype), v.to(dtype), limit, scale)
-    return _result(out.to(v.dtype), kept_mass, count, k.shape[-2])
+    return _masked_softmax([q, k, v], threshold, scale, num_keys=k.shape[2])
 
 
 def masked_softmax_packed(qkv: Tensor, threshold: float, *, scale: float | None = None) -> MaskedSoftmax:
     """`masked_softmax` of a packed projection, (B, N, 3, H, K), whose gradient is written into one packed tensor."""
-    if torch.compiler.is_compiling():
-        q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
-        return masked_softmax(q, k, v, threshold, scale=scale)
-    _check_threshold(threshold)
-    scale = qkv.shape[-1] ** -0.5 if scale is None else scale
-    out, kept_mass, count = _Packed.apply(qkv, threshold, scale)  # type: ignore[no-untyped-call]
-    return _result(out, kept_mass, count, qkv.shape[1])
+    return _masked_softmax([qkv], threshold, scale, num_keys=qkv.shape[1])
 
 
-def _check_threshold(threshold: float) -> None:
+def _masked_softmax(inputs: list[Tensor], threshold: float, scale: float | None, *, num_keys: int) -> MaskedSoftmax:
     if not threshold >= 0:
         raise ValueError(f"threshold={threshold}: expected a probability in [0, inf]; from 1 on the mask is empty")
-
-
-def _result(out: Tensor, kept_mass: Tensor, count: Tensor, num_keys: int) -> MaskedSoftmax:
-    return MaskedSoftmax(out, kept_mass, (count.double() / max(kept_mass.numel() * num_keys, 1)).float())
+    scale = inputs[0].shape[-1] ** -0.5 if scale is None else scale
+    with without_autocast(inputs[0]):
+        # A tensor, because the threshold changes every iteration and torch.compile makes a graph for every number.
+        limit = torch.full((), threshold, dtype=torch.float64)
+        out, kept_mass, count, _ = _forward(inputs, limit, scale)
+    kept_fraction = (count.double() / max(kept_mass.numel() * num_keys, 1)).float()
+    return MaskedSoftmax(out.to(inputs[-1].dtype), kept_mass, kept_fraction)
 
 
 def masked_softmax_attention(
@@ -86,23 +83,27 @@ def masked_softmax_attention(
     return result.out, result.kept_fraction
 
 
-# Registered operators, so that torch.compile and torch.export see each of them as one node.
-@torch.library.custom_op("castling_det::masked_softmax", mutates_args=())
-def _forward(q: Tensor, k: Tensor, v: Tensor, threshold: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+# Registered operators, so that torch.compile and torch.export see each of them as one node. The inputs are q, k and v,
+# or one packed projection, whose gradient then is one tensor too: autograd would stack three.
+@torch.library.custom_op(
+    "castling_det::masked_softmax",
+    mutates_args=(),
+    schema="(Tensor[] inputs, Tensor threshold, float scale) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _forward(inputs: Sequence[Tensor], threshold: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output (B, H, M, V), with heads side by side in memory; kept mass (B, H, M); kept entries, 0-d int64.
 
-    Then what Triton's backward needs of each row, (B, H, M); without kernels it is empty.
+    Then the kernels' statistics of the rows, (2, B, H, M) float32, which plain operations leave empty.
     """
-    out = _empty_output(q, v).zero_()
-    kept_mass = v.new_zeros(q.shape[:-1], dtype=accumulation_dtype(v.dtype))
-    count = torch.zeros((), dtype=torch.long, device=v.device)
+    q, k, v = heads_of(inputs)
+    out, kept_mass, count, statistics = _empty_outputs(q, v)
     # No probability exceeds 1, though a computed one may by rounding: from a threshold of 1 on nothing is kept.
     limit = float(threshold)
-    if uses_kernels(v):
-        if limit >= 1 or not q.numel() * k.shape[2]:
-            return out, kept_mass, count, torch.zeros_like(kept_mass)
-        kept_mass, kept, lse = _kernels().forward(q, k, v, out, limit, scale)
-        return out, kept_mass, kept.sum(dtype=torch.long), lse
+    if uses_kernels(v) and limit < 1:
+        kept = kernels("masked_softmax").forward(q, k, v, out, kept_mass, statistics, limit, scale)
+        return out, kept_mass, kept.sum(dtype=torch.long), statistics
+    for zeros in (out, kept_mass, count, statistics):
+        zeros.zero_()
     for heads, rows in _blocks(q, k) if limit < 1 else ():
         sparse_GMN = F.threshold(_probabilities(q[rows] * scale, k[heads]), limit, 0.0, inplace=True)
         mass_GM = sparse_GMN.sum(dim=-1)
@@ -113,52 +114,39 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, threshold: Tensor, scale: float) -
         out[rows] = sparse_GMN @ v[heads]
         # Thirty times as fast as count_nonzero on a CPU. Float sums of ones are exact for any row that fits in memory.
         count += sparse_GMN.sign_().sum(dim=-1).sum(dtype=torch.long)
-    return out, kept_mass, count, v.new_empty(0)
+    return out, kept_mass, count, statistics
 
 
-@torch.library.custom_op("castling_det::masked_softmax_backward", mutates_args=())
+@torch.library.custom_op(
+    "castling_det::masked_softmax_backward",
+    mutates_args=(),
+    schema="(Tensor grad_out, Tensor grad_mass, Tensor[] inputs, Tensor out, Tensor kept_mass, Tensor statistics, "
+    "Tensor threshold, float scale) -> Tensor[]",
+)
 def _backward(
     grad_out: Tensor,
     grad_mass: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    inputs: Sequence[Tensor],
     out: Tensor,
     kept_mass: Tensor,
-    lse: Tensor,
+    statistics: Tensor,
     threshold: Tensor,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v."""
-    gradients = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    _add_gradients(gradients, grad_out, grad_mass, q, k, v, out, kept_mass, lse, threshold, scale)
-    return gradients
-
-
-def _add_gradients(
-    gradients: tuple[Tensor, Tensor, Tensor],
-    grad_out: Tensor,
-    grad_mass: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    kept_mass: Tensor,
-    lse: Tensor,
-    threshold: Tensor,
-    scale: float,
-) -> None:
-    """Adds to the gradients of q, k and v, which start at zero; computes the probabilities again."""
-    if uses_kernels(v):
-        if float(threshold) < 1 and q.numel() * k.shape[2]:
-            _kernels().backward(gradients, grad_out, grad_mass, (q, k, v), out, kept_mass, lse, float(threshold), scale)
-        return
-    grad_q, grad_k, grad_v = gradients
+) -> list[Tensor]:
+    """Gradients of the inputs; computes the probabilities again."""
+    q, k, v = heads_of(inputs)
+    limit = float(threshold)
+    if uses_kernels(v) and limit < 1:
+        gradients = empty_gradients(inputs)
+        rows = (out, kept_mass, statistics)
+        kernels("masked_softmax").backward(heads_of(gradients), grad_out, grad_mass, q, k, v, rows, limit, scale)
+        return gradients
+    gradients = [torch.zeros_like(x, dtype=out.dtype) for x in inputs]
+    grad_q, grad_k, grad_v = heads_of(gradients)
     # The row sums sum_j p_ij dL/dp_ij of softmax's backward follow from the outputs, without N products a row.
     row_sums = (grad_out * out).sum(dim=-1) + grad_mass * kept_mass
-    limit = float(threshold)
     for heads, rows in _blocks(q, k) if limit < 1 else ():
-        if not kept_mass[rows].any():
+        if kept_mass.device.type == "cpu" and not kept_mass[rows].any():
             continue
         scaled_q_GMK, grad_GMK = q[rows] * scale, grad_out[rows]
         p_GMN = _probabilities(scaled_q_GMK, k[heads])
@@ -169,75 +157,42 @@ def _add_gradients(
         grad_s_GMN.mul_(sparse_GMN).addcmul_(p_GMN, row_sums[rows].unsqueeze(-1), value=-1)
         grad_q[rows] = grad_s_GMN @ k[heads] * scale
         grad_k[heads] += grad_s_GMN.transpose(-2, -1) @ scaled_q_GMK
+    return [gradient.to(x.dtype) for gradient, x in zip(gradients, inputs, strict=True)]
 
 
 @_forward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, threshold: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    mass = v.new_empty(q.shape[:-1], dtype=accumulation_dtype(v.dtype))
-    lse = torch.empty_like(mass) if uses_kernels(v) else v.new_empty(0)
-    return _empty_output(q, v), mass, v.new_empty((), dtype=torch.long), lse
+def _(inputs: Sequence[Tensor], threshold: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q, _, v = heads_of(inputs)
+    return _empty_outputs(q, v)
 
 
 @_backward.register_fake
-def _(grad_out: Tensor, grad_mass: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+def _(grad_out: Tensor, grad_mass: Tensor, inputs: Sequence[Tensor], *_: Any) -> list[Tensor]:
+    return empty_gradients(inputs)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-    q, k, v, threshold, ctx.scale = inputs
-    out, kept_mass, count, lse = output
-    ctx.save_for_backward(q, k, v, out, kept_mass, lse, threshold)
-    ctx.mark_non_differentiable(count, lse)
+    tensors, threshold, ctx.scale = inputs
+    out, kept_mass, count, statistics = output
+    ctx.save_for_backward(*tensors, out, kept_mass, statistics, threshold)
+    ctx.mark_non_differentiable(count, statistics)
 
 
-def _gradients(ctx: Any, grad_out: Tensor, grad_mass: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-    gradients: tuple[Tensor, Tensor, Tensor] = _backward(grad_out, grad_mass, *ctx.saved_tensors, ctx.scale)
-    return *gradients, None, None
+def _gradients(ctx: Any, grad_out: Tensor, grad_mass: Tensor, *_: Tensor) -> tuple[list[Tensor], None, None]:
+    *inputs, out, kept_mass, statistics, threshold = ctx.saved_tensors
+    return _backward(grad_out, grad_mass, inputs, out, kept_mass, statistics, threshold, ctx.scale), None, None
 
 
 _forward.register_autograd(_gradients, setup_context=_save_for_backward)
 
 
-class _Packed(torch.autograd.Function):
-    """The operators above on packed tensors. Autograd would stack three gradients and hold them twice."""
-
-    @staticmethod
-    def forward(ctx: Any, qkv: Tensor, threshold: float, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-        limit = torch.full((), threshold, dtype=torch.float64)
-        with without_autocast(qkv):
-            dtype = qkv.dtype if uses_kernels(qkv) else accumulation_dtype(qkv.dtype)
-            q, k, v = (x.transpose(1, 2) for x in qkv.to(dtype).unbind(2))
-            out, kept_mass, count, lse = _forward(q, k, v, limit, scale)
-        ctx.save_for_backward(qkv, out, kept_mass, lse, limit)
-        ctx.scale = scale
-        ctx.mark_non_differentiable(count)
-        return out.to(qkv.dtype), kept_mass, count
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor, grad_mass: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
-        qkv, out, kept_mass, lse, limit = ctx.saved_tensors
-        dtype = qkv.dtype if uses_kernels(qkv) else kept_mass.dtype
-        with without_autocast(qkv):
-            q, k, v = (x.transpose(1, 2) for x in qkv.to(dtype).unbind(2))
-            grad_qkv = torch.zeros_like(qkv, dtype=dtype)
-            grad_q, grad_k, grad_v = (x.transpose(1, 2) for x in grad_qkv.unbind(2))
-            gradients = grad_q, grad_k, grad_v
-            _add_gradients(gradients, grad_out.to(dtype), grad_mass, q, k, v, out, kept_mass, lse, limit, ctx.scale)
-        return grad_qkv.to(qkv.dtype), None, None
-
-
-def _kernels() -> Any:
-    # Imported where they run: Triton is not installed everywhere.
-    from castling_det.ops import triton_masked_softmax
-
-    return triton_masked_softmax
-
-
-def _empty_output(q: Tensor, v: Tensor) -> Tensor:
+def _empty_outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, num_heads, queries, _ = q.shape
     # Heads side by side in memory, as in a packed projection: merging them is a view, not a copy.
-    return v.new_empty((batch, queries, num_heads, v.shape[-1])).transpose(1, 2)
+    out = v.new_empty((batch, queries, num_heads, v.shape[-1])).transpose(1, 2)
+    kept_mass = v.new_empty((batch, num_heads, queries), dtype=accumulation_dtype(v.dtype))
+    statistics = kept_mass.new_empty((2, *kept_mass.shape) if uses_kernels(v) else (0,))
+    return out, kept_mass, kept_mass.new_empty((), dtype=torch.long), statistics
 
 
 def _blocks(q: Tensor, k: Tensor) -> Iterator[tuple[tuple[int, slice], tuple[int, slice, slice]]]:

@@ -38,9 +38,17 @@ def _bilinear(*_: Any, out_shape: Sequence[int], **__: Any) -> int:
     return 2 * 4 * math.prod(out_shape)
 
 
+def _masked_softmax(inputs: Sequence[Sequence[int]], *_: Any, **__: Any) -> int:
+    """Of queries, keys and values, or of one packed projection, (B, N, 3, H, K)."""
+    if len(inputs) > 1:
+        return _attention(*inputs)
+    batch, tokens, _three, heads, key_dim = inputs[0]
+    return _attention(*[(batch, heads, tokens, key_dim)] * 3)
+
+
 _FORMULAS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    torch.ops.castling_det.masked_softmax: _attention,
+    torch.ops.castling_det.masked_softmax: _masked_softmax,
     torch.ops.aten.grid_sampler_2d: _bilinear,
 }
 """For operators that torch's counter would take as free."""
