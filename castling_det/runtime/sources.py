@@ -8,6 +8,7 @@ import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -20,6 +21,7 @@ __all__ = ["Frame", "ImageFiles", "UnreadableImage", "Video", "check_image", "op
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 _OTHER_IMAGES = (".avif", ".gif", ".heic", ".heif", ".jp2", ".jxl")
 _VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg")
+_LOGGING: Any = cv2 if hasattr(cv2, "setLogLevel") else cv2.utils.logging  # OpenCV 5 has it there
 MAX_PIXELS = 100_000_000
 """Height x width of the largest image that is taken unless told otherwise: 300 MB in memory."""
 
@@ -147,14 +149,15 @@ def read_image(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) ->
         problem = f"not an image that OpenCV reads, or damaged ({error})"
         raise UnreadableImage(f"{path}: {problem}; copy it again or convert it to PNG") from None
     _check_size(declared, str(path), max_pixels)
-    level = cv2.setLogLevel(0)  # OpenCV prints lines about a damaged file; ours is the one that counts
+    level = _LOGGING.getLogLevel()
+    _LOGGING.setLogLevel(0)  # OpenCV prints lines about a damaged file; ours is the one that counts
     try:
         image = cv2.imdecode(np.frombuffer(content, dtype=np.uint8), cv2.IMREAD_COLOR)
     except cv2.error:
         # OpenCV's own limit on pixels, or a header that promises more than the file has.
         image = None
     finally:
-        cv2.setLogLevel(level)
+        _LOGGING.setLogLevel(level)
     if image is None:
         raise UnreadableImage(f"{path}: not an image that OpenCV reads, or damaged; copy it again or convert it to PNG")
     return check_image(image, str(path), max_pixels=max_pixels)
