@@ -40,10 +40,12 @@ class MaskRecord:
     aux_scale: float
     """Factor on the softmax branch, >= 0."""
     origin: str
-    """Where the three came from: `"checkpoint"` (MaskAnnealingHook's record) or `"config"`."""
+    """Where these came from: `"checkpoint"` (MaskAnnealingHook's record) or `"config"`."""
     empty_by: str | None
     """`"threshold"`, `"aux_scale"`: empty for any input. `"probe images"`: on real images. None: not known to be."""
     layers: dict[str, LayerMask]
+    ramp: float = 0.0
+    """How far each layer was from `threshold` to a probability of 1, in the logarithm of the probability."""
 
     @property
     def kept_fraction(self) -> float:

@@ -205,13 +205,13 @@ _base_.param_scheduler[1].update(end=max_iters, T_max=max_iters - 40)
 param_scheduler = _base_.param_scheduler
 default_hooks = dict(checkpoint=dict(interval=max_iters // 4))
 ''')
-    write_text(out / "castling.py", f'''\
+    write_text(out / "castling.py", '''\
 _base_ = "./softmax.py"
 
 model = dict(backbone=dict(attention="castling", attn_cfg=dict(threshold=1.0, threshold_unit="uniform")))
-# The mask rises until nothing passes: at the number of tokens of a training image, ({found.crop} / {STRIDE})^2.
+# The mask rises until nothing passes.
 hook = dict(type="castling_det.MaskAnnealingHook", schedule="geometric", begin=0.4, empty_from=0.7)
-custom_hooks = [*_base_.custom_hooks, dict(end={(found.crop // STRIDE) ** 2}, **hook)]
+custom_hooks = [*_base_.custom_hooks, hook]
 ''')
     write_text(out / "deploy.py", '''\
 _base_ = "./softmax.py"

@@ -36,7 +36,7 @@ def mask_state(
     *,
     schedule: str,
     start: float,
-    end: float,
+    end: float | None,
     threshold_unit: str = "absolute",
     begin: float = 0.0,
     empty_from: float = 0.8,
@@ -49,7 +49,8 @@ def mask_state(
         progress: iterations done over all iterations, in [0, 1].
         schedule: a key of `SCHEDULES`.
         start: threshold up to `begin`.
-        end: threshold that the ramp reaches at `empty_from`.
+        end: threshold that the ramp reaches at `empty_from`. None: a probability of 1, to which each layer ramps from
+            `start` in the logarithm of the probability.
         threshold_unit: unit of both thresholds.
         begin: progress at which the ramp starts.
         empty_from: progress from which on the mask is empty for any input.
@@ -60,11 +61,13 @@ def mask_state(
     if progress >= empty_from:
         return MaskState(math.inf, threshold_unit, 1.0 if share is None and not fade else 0.0)
     ramp = max(0.0, (progress - begin) / (empty_from - begin))
-    threshold = SCHEDULES[schedule](ramp, start, end)
+    aux_scale = 1.0 - ramp if fade else 1.0
     if share is not None:
         weight = share * (1.0 - ramp)
-        return MaskState(threshold, threshold_unit, weight / (1.0 - weight))
-    return MaskState(threshold, threshold_unit, 1.0 - ramp if fade else 1.0)
+        aux_scale = weight / (1.0 - weight)
+    if end is None:
+        return MaskState(start, threshold_unit, aux_scale, 0.0 if schedule == "constant" else ramp)
+    return MaskState(SCHEDULES[schedule](ramp, start, end), threshold_unit, aux_scale)
 
 
 @HOOKS.register_module()
@@ -75,15 +78,18 @@ class MaskAnnealingHook(Hook):
     mask is empty for any input: the last part of training sees exactly the network that is deployed, and conversion is
     exact.
 
-    Scalars, in every visualizer backend: `mask/threshold`, `mask/aux_scale` and, for each layer,
-    `mask/kept_fraction/LAYER` and `mask/kept_mass/LAYER`. Checkpoints: `meta["castling_det"]["mask"]`, the fields of
-    `MaskState` among others. In distributed training the kept fraction and mass are means over the ranks.
+    Scalars, in every visualizer backend: `mask/threshold` (`mask/ramp` where each layer ramps on its own way),
+    `mask/aux_scale` and, for each layer, `mask/kept_fraction/LAYER` and `mask/kept_mass/LAYER`. Checkpoints:
+    `meta["castling_det"]["mask"]`, the fields of `MaskState` among others. In distributed training, kept fraction and
+    mass are means over the ranks.
 
     Args:
         schedule: `"constant"` (cut off at `empty_from`), `"linear"`, `"cosine"` or `"geometric"` in the threshold.
         start: first threshold in the layers' unit; None takes the layers' own `threshold`.
-        end: threshold that the ramp reaches. `threshold_unit="absolute"`: at least 1, the default. `"uniform"`: at
-            least the largest number of tokens of a training image, which has no default.
+        end: threshold that the ramp reaches. `threshold_unit="absolute"`: at least 1, the default. `"uniform"`: None
+            lets each layer ramp from start / N to a probability of 1 in the logarithm of the probability, N being its
+            own number of keys at any resolution. The schedules `"linear"` and `"cosine"` need a number, at least the
+            largest number of tokens of a training image; older configs give it to `"geometric"` too.
         begin: progress in [0, empty_from) at which the ramp starts.
         empty_from: progress in (begin, 1) from which on the mask is empty.
         fade: also fade the branch's factor from 1 to 0 along the ramp.
@@ -168,15 +174,21 @@ class MaskAnnealingHook(Hook):
         )
         self._state = self._state_at(runner.iter / max_iters)
         before = self._resumed_from
-        if before.get("threshold", 0) > self._state.threshold:
+        now = self._state
+        if (before.get("threshold", 0), before.get("ramp", 0)) > (now.threshold, now.ramp):
             runner.logger.warning(
-                f"MaskAnnealingHook: the mask opens again. The checkpoint was saved at threshold "
-                f"{before['threshold']:.4g} of max_iters={before.get('max_iters')}; at this iteration of "
-                f"max_iters={max_iters} the schedule says {self._state.threshold:.4g}. The schedule spans max_iters: "
+                "MaskAnnealingHook: the mask opens again. The checkpoint was saved at threshold "
+                f"{MaskState.from_meta(before)} of max_iters={before.get('max_iters')}; at this iteration of "
+                f"max_iters={max_iters} the schedule says {now}. The schedule spans max_iters: "
                 "resume with the value of before, or train on with attention='linear' and load_from"
             )
         # An infinite threshold is not JSON: this finite one empties the mask too.
-        self._largest_logged = 1.0 if unit == "absolute" else float(end)
+        self._largest_logged = 1.0 if unit == "absolute" else end
+        if unit == "uniform" and end is not None and self.schedule == "geometric":
+            runner.logger.info(
+                f"MaskAnnealingHook: end={end} is not needed any more: without it each layer ramps from start / N to a "
+                "probability of 1, whatever its number of keys N"
+            )
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         """Sets the mask of this iteration."""
@@ -192,10 +204,11 @@ class MaskAnnealingHook(Hook):
         self._kept = self._mean_over_ranks()
         if not self.every_n_train_iters(runner, self.interval):
             return
-        scalars = {
-            "mask/threshold": min(self._state.threshold, self._largest_logged),
-            "mask/aux_scale": self._state.aux_scale,
-        }
+        scalars = {"mask/aux_scale": self._state.aux_scale}
+        if self._largest_logged is None:
+            scalars["mask/ramp"] = 1.0 if math.isinf(self._state.threshold) else self._state.ramp
+        else:
+            scalars["mask/threshold"] = min(self._state.threshold, self._largest_logged)
         for name, kept in self._occupancy().items():
             scalars |= {f"mask/{quantity}/{name}": value for quantity, value in kept.items()}
         runner.visualizer.add_scalars(scalars, step=runner.iter + 1)
@@ -237,7 +250,7 @@ class MaskAnnealingHook(Hook):
             raise ValueError(f"start={start}: schedule='geometric' needs a positive threshold")
         return start, units.pop()
 
-    def _checked_end(self, unit: str) -> float:
+    def _checked_end(self, unit: str) -> float | None:
         if unit == "absolute":
             end = 1.0 if self.end is None else self.end
             if end < 1:
@@ -246,11 +259,13 @@ class MaskAnnealingHook(Hook):
                     "empty_from; expected end >= 1 with threshold_unit='absolute'"
                 )
             return end
+        if self.end is None and self.schedule in ("geometric", "constant"):
+            return None
         if self.end is None or self.end <= 1:
             raise ValueError(
                 f"end={self.end}: with threshold_unit='uniform' the threshold counts multiples of 1/N, so only "
-                "end >= N empties the mask; give the largest number of tokens of a training image, "
-                "(height / stride) * (width / stride)"
+                "end >= N empties the mask; take schedule='geometric', which needs no end, or give the largest number "
+                "of tokens of a training image, (height / stride) * (width / stride)"
             )
         return self.end
 

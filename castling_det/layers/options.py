@@ -69,6 +69,9 @@ class MaskState:
     """`"absolute"`: a probability. `"uniform"`: multiples of 1/N, for rows over N keys."""
     aux_scale: float = 1.0
     """Factor on the output of the branch, finite and >= 0."""
+    ramp: float = 0.0
+    """How far each layer is on its way from `threshold` to a probability of 1, in the logarithm of the probability,
+    in [0, 1]."""
 
     def __post_init__(self) -> None:
         _check_choice("threshold_unit", self.threshold_unit, THRESHOLD_UNITS)
@@ -78,19 +81,27 @@ class MaskState:
             )
         if not isinstance(self.aux_scale, (int, float)) or not 0 <= self.aux_scale < math.inf:
             raise ValueError(f"aux_scale={self.aux_scale!r}: expected a finite factor >= 0")
+        if not isinstance(self.ramp, (int, float)) or not 0 <= self.ramp <= 1:
+            raise ValueError(f"ramp={self.ramp!r}: expected a number in [0, 1]")
 
     @classmethod
     def from_meta(cls, record: Mapping[str, Any]) -> MaskState:
-        """Reads a record of a checkpoint's meta, which may hold more than the three fields.
+        """Reads a record of a checkpoint's meta, which may hold more than the fields; older ones have no `ramp`.
 
         Raises:
             ValueError: a field that is absent or out of range.
         """
+        record = {"ramp": 0.0, **record}
         return cls(**{field.name: record.get(field.name) for field in dataclasses.fields(cls)})  # type: ignore[arg-type]
 
     def absolute(self, num_tokens: int) -> float:
         """The threshold as a probability, for rows over `num_tokens` keys."""
-        return self.threshold / num_tokens if self.threshold_unit == "uniform" else self.threshold
+        threshold = self.threshold / num_tokens if self.threshold_unit == "uniform" else self.threshold
+        return threshold if self.ramp == 0 else threshold ** (1 - self.ramp)
+
+    def __str__(self) -> str:
+        ramp = f", {self.ramp:.0%} of the way to 1" if self.ramp else ""
+        return f"{self.threshold:.4g} ({self.threshold_unit}{ramp})"
 
     def is_empty(self, num_tokens: int) -> bool:
         """Whether the branch adds nothing for any input of `num_tokens` keys: no probability exceeds 1."""

@@ -62,7 +62,7 @@ def linear_angular_attention(
     _check_normalizer(normalizer)
     v_at_q = v if v_at_q is None else v_at_q
     _check_shapes(q, k, v, v_at_q if normalizer == "l2" else None)
-    if _uses_kernels(normalizer, v):
+    if _uses_kernels(normalizer, q, v):
         inputs = (q, k, v) if v_at_q is v else (q, k, v, v_at_q)
         out: Tensor = kernels("linear_angular").LinearAngular.apply(None if aux is None else aux.out, *inputs)[0]
         return out
@@ -124,8 +124,10 @@ def _is_traced() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
 
 
-def _uses_kernels(normalizer: str, v: Tensor) -> bool:
-    return normalizer == "l2" and not _is_traced() and uses_kernels(v)
+def _uses_kernels(normalizer: str, *tensors: Tensor) -> bool:
+    if normalizer != "l2" or _is_traced() or not uses_kernels(tensors[-1]):
+        return False
+    return bool(kernels("linear_angular").fits(*tensors))
 
 
 class _WeightedSum(NamedTuple):

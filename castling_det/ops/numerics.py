@@ -41,9 +41,10 @@ def uses_kernels(tensor: Tensor) -> bool:
     """Whether Triton's kernels compute for this tensor, rather than plain operations.
 
     On ROCm, on CUDA from compute capability 8.0 on, and on a CPU in Triton's interpreter (`TRITON_INTERPRET=1`), where
-    Triton is installed, unless `CASTLING_DET_PLAIN=1` is set. Tensors of float64 or without elements are plain.
+    Triton is installed, unless `CASTLING_DET_PLAIN=1` is set. Tensors of float64, wider than 128 columns or
+    without elements are plain.
     """
-    if not _HAS_TRITON or tensor.dtype == torch.float64 or not tensor.numel():
+    if not _HAS_TRITON or tensor.dtype == torch.float64 or tensor.shape[-1] > 128 or not tensor.numel():
         return False
     if os.environ.get("CASTLING_DET_PLAIN") == "1":
         return False

@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from castling_det.ops.numerics import EPS, empty_gradients, heads_of, rows_of
 from castling_det.ops.triton_masked_softmax import blocks, dot, load, store, strides
 
-__all__ = ["LinearAngular", "precision", "tile"]
+__all__ = ["LinearAngular", "fits", "precision", "tile"]
 
 _EPS = tl.constexpr(EPS)
 _PROGRAMS = 1024
@@ -214,9 +214,19 @@ class LinearAngular(torch.autograd.Function):
         return grad_aux, *gradients
 
 
-def tile(width: int) -> dict[str, int]:
+def fits(*tensors: Tensor) -> bool:
+    """Whether the tiles fit into shared memory: any up to 64 columns of 16 bits, and 160 KiB otherwise."""
+    width, v = max(x.shape[-1] for x in tensors), tensors[-1]
+    if not v.is_cuda or (width <= 64 and v.dtype != torch.float32):
+        return True
+    memory = getattr(torch.cuda.get_device_properties(v.device), "shared_memory_per_block_optin", 0)
+    return memory >= 160 * 1024 and (width <= 64 or v.dtype != torch.float32)
+
+
+def tile(dtype: torch.dtype, width: int) -> dict[str, int]:
     """Rows of a tile, warps and stages of loading, for matrices of `width` columns: what fits into registers."""
-    return {"BM": 16, "num_warps": 8, "num_stages": 1} if width > 64 else {"BM": 32, "num_warps": 4, "num_stages": 2}
+    small = width > 64 or dtype == torch.float32
+    return {"BM": 16 if small else 32, "num_warps": 8 if width > 64 else 4, "num_stages": 1 if small else 2}
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -232,7 +242,7 @@ def _operands(inputs: Sequence[Tensor]) -> list[Tensor]:
 
 def _programs(q: Tensor, v: Tensor, count: int) -> tuple[tuple[int], int]:
     """The grid over chunks of `count` tokens, and the tokens of a chunk."""
-    groups, rows = q.shape[0] * q.shape[1], tile(max(q.shape[-1], v.shape[-1]))["BM"]
+    groups, rows = q.shape[0] * q.shape[1], tile(v.dtype, max(q.shape[-1], v.shape[-1]))["BM"]
     chunks = min(triton.cdiv(_PROGRAMS, groups), triton.cdiv(count, 4 * rows))
     chunk = triton.cdiv(triton.cdiv(count, chunks), rows) * rows
     return (groups * triton.cdiv(count, chunk),), chunk
@@ -244,4 +254,4 @@ def _matrices(run: tuple[int], q: Tensor, v: Tensor) -> Tensor:
 
 def _sizes(q: Tensor, v: Tensor) -> dict[str, Any]:
     widths = blocks(q, v)
-    return {**widths, **tile(max(widths["BK"], widths["BV"])), "PRECISION": precision(v.dtype)}
+    return {**widths, **tile(v.dtype, max(widths["BK"], widths["BV"])), "PRECISION": precision(v.dtype)}

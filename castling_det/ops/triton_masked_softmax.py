@@ -26,7 +26,7 @@ _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
-def dot(a, b, PRECISION: tl.constexpr = "ieee"):
+def dot(a, b, PRECISION: tl.constexpr):
     """The product in float32; the interpreter has none of bfloat16 matrices."""
     if _INTERPRETED:
         a, b = a.to(tl.float32), b.to(tl.float32)
@@ -61,7 +61,7 @@ def _tile_of(count, heads, BLOCK: tl.constexpr):
 @triton.jit
 def _logits(q, k, columns, tokens, scale):
     """Logits of a tile in powers of two, (BM, BN); minus infinity beyond the last key."""
-    return tl.where(columns[None, :] < tokens, dot(q, tl.trans(k)) * scale, float("-inf"))
+    return tl.where(columns[None, :] < tokens, dot(q, tl.trans(k), "ieee") * scale, float("-inf"))
 
 
 @triton.jit
@@ -103,7 +103,7 @@ def _forward_kernel(
             row_mass += tl.sum(p, 1)
             row_kept += count
             v_tile = load(v, columns, v_n, tokens, V, BV)
-            result += dot(p.to(v_tile.dtype), v_tile)
+            result += dot(p.to(v_tile.dtype), v_tile, "ieee")
     store(out + image * o_b + head * o_h, rows, o_m, queries, result, V, BV)
     place, inside = group * queries + rows, rows < queries
     tl.store(mass + place, row_mass, mask=inside)
@@ -124,7 +124,7 @@ def _row_gradients(place, inside, sums, grad_mass, tops, inverses):
 @triton.jit
 def _logit_gradients(p, above, grad_tile, v_tile, row_sum, row_grad):
     # Through the denominator every logit of a row, kept or not, receives a gradient.
-    grad_p = dot(grad_tile, tl.trans(v_tile)) + row_grad[:, None]
+    grad_p = dot(grad_tile, tl.trans(v_tile), "ieee") + row_grad[:, None]
     return p * (tl.where(above, grad_p, 0.0) - row_sum[:, None])
 
 
@@ -148,7 +148,7 @@ def _query_kernel(
             k_tile, v_tile = load(k, columns, k_n, tokens, K, BK), load(v, columns, v_n, tokens, V, BV)
             p, above = _probabilities(q_tile, k_tile, columns, tokens, scale, threshold, top, inverse)
             grad_s = _logit_gradients(p, above, grad_tile, v_tile, row_sum, row_grad)
-            result += dot(grad_s.to(k_tile.dtype), k_tile)
+            result += dot(grad_s.to(k_tile.dtype), k_tile, "ieee")
     store(grad_q + image * dq_b + head * dq_h, rows, dq_m, queries, result * factor, K, BK)
 
 
@@ -171,9 +171,9 @@ def _key_kernel(
             q_tile, grad_tile = load(q, rows, q_m, queries, K, BK), load(grad, rows, g_m, queries, V, BV)
             row_sum, row_grad, top, inverse = _row_gradients(place, inside, sums, grad_mass, tops, inverses)
             p, above = _probabilities(q_tile, k_tile, columns, tokens, scale, threshold, top, inverse)
-            of_v += dot(tl.trans(tl.where(above, p, 0.0).to(grad_tile.dtype)), grad_tile)
+            of_v += dot(tl.trans(tl.where(above, p, 0.0).to(grad_tile.dtype)), grad_tile, "ieee")
             grad_s = _logit_gradients(p, above, grad_tile, v_tile, row_sum, row_grad)
-            of_k += dot(tl.trans(grad_s.to(q_tile.dtype)), q_tile)
+            of_k += dot(tl.trans(grad_s.to(q_tile.dtype)), q_tile, "ieee")
     store(grad_k + image * dk_b + head * dk_h, columns, dk_n, tokens, of_k * factor, K, BK)
     store(grad_v + image * dv_b + head * dv_h, columns, dv_n, tokens, of_v, V, BV)
 

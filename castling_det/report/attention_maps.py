@@ -128,7 +128,7 @@ def capture(
         raise ValueError(f"layer={name!r}: attends in {x.shape[0]} windows, not over the map; take a global layer")
     mask, note = ((meta or {}).get(META_KEY) or {}).get("mask"), ""
     if mask is not None:
-        state = "is empty" if mask.get("empty") else f"stood at {mask['threshold']:.4g} ({mask['threshold_unit']})"
+        state = "is empty" if mask.get("empty") else f"stood at {MaskState.from_meta(mask)}"
         note = f"The checkpoint's own mask {state}."
     stride = _stride(model.backbone, (batch.shape[-2], batch.shape[-1]), hw)
     return Capture(name, layers[name], layers[name].head_inputs(x, hw), hw, stride, picture, shape, note)
@@ -201,7 +201,7 @@ def attention_picture(
     queries = [inputs.num_prefix_tokens + row * inputs.query_hw[1] + column for row, column in tokens]
     weights = branch_weights(captured.layer, inputs, captured.hw, queries=queries)
     own = captured.layer.mask_state
-    masks = [replace(own, threshold=threshold) for threshold in thresholds] or [own]
+    masks = [replace(own, threshold=threshold, ramp=0.0) for threshold in thresholds] or [own]
     panels = [_panels(captured, weights, masks, index, head) for index in range(len(tokens))]
     return AttentionPicture(_draw(captured, tokens, panels), _caption(captured, points, tokens, weights, masks, head))
 

@@ -4,5 +4,5 @@ model = dict(backbone=dict(attention="castling", attn_cfg=dict(threshold=1.0, th
 # end: tokens of a 1024 x 1024 image at stride 16, so that the ramp itself empties the mask.
 custom_hooks = [
     *_base_.custom_hooks,
-    dict(type="castling_det.MaskAnnealingHook", schedule="geometric", begin=0.4, end=4096, empty_from=0.7),
+    dict(type="castling_det.MaskAnnealingHook", schedule="geometric", begin=0.4, empty_from=0.7),
 ]

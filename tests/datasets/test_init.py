@@ -101,7 +101,7 @@ def test_a_foreign_data_set_gets_configs_that_can_be_trained(make, tmp_path, cap
     assert validation in (None, images["val"])
     hook = load_config(out / "castling.py").custom_hooks[-1]
     crop = config.train_pipeline[4].crop_size[0]
-    assert crop % 32 == 0 and hook.end == (crop // 8) ** 2
+    assert crop % 32 == 0 and "end" not in hook
 
 
 def test_files_that_are_named(tmp_path, capsys):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -132,6 +133,49 @@ def test_uniform_unit(tmp_path):
     assert model.seen[0] == (0.5, 1.0) and model.seen[8][0] == pytest.approx(0.5 + 0.5 * 3.5)
 
 
+def test_every_layer_ramps_to_a_probability_of_one_with_its_own_tokens(tmp_path):
+    """Nothing says how many tokens an image has."""
+    seen = []
+
+    class Watched(TinyModel):
+        def forward(self, inputs, mode="tensor"):
+            seen.append([block.attn.mask_state for block in self.backbone.blocks])
+            return super().forward(inputs, mode)
+
+    model = Watched(threshold_unit="uniform")
+    run(tmp_path, model=model, hook=dict(type="castling_det.MaskAnnealingHook", begin=0.2, interval=5))
+    for tokens in (4, 1000):
+        absolute = [states[1].absolute(tokens) for states in seen]
+        assert absolute[:5] == pytest.approx([0.26 / tokens] * 5)
+        assert absolute[10] == pytest.approx(math.sqrt(0.26 / tokens))
+        assert all(one < other < 1 for one, other in pairwise(absolute[4:16]))
+        assert all(state.is_empty(tokens) for states in seen[16:] for state in states)
+        assert not any(state.is_empty(tokens) for states in seen[:16] for state in states)
+    (scalars,) = tmp_path.glob("*/vis_data/scalars.json")
+    rows = [json.loads(line) for line in scalars.read_text().splitlines()]
+    ramps = [row["mask/ramp"] for row in rows if "mask/aux_scale" in row]
+    assert ramps == pytest.approx([0, 5 / 12, 10 / 12, 1]) and not any("mask/threshold" in row for row in rows)
+    mask = torch.load(tmp_path / "iter_15.pth", weights_only=False)["meta"]["castling_det"]["mask"]
+    assert mask["ramp"] == pytest.approx(10 / 12) and mask["threshold"] == 0.26 and not mask["empty"]
+    assert "is not needed any more" not in "".join(path.read_text() for path in tmp_path.rglob("*.log"))
+
+
+def test_an_older_config_goes_on_working_with_a_notice(tmp_path):
+    hook = dict(type="castling_det.MaskAnnealingHook", end=4, interval=5)
+    model = run(tmp_path, model=TinyModel(threshold_unit="uniform"), hook=hook)
+    assert model.seen == [expected(i, end=4) for i in range(ITERATIONS)]
+    log = "".join(path.read_text() for path in tmp_path.rglob("*.log"))
+    assert log.count("end=4 is not needed any more") == 1
+
+
+def test_a_ramp_that_a_longer_training_takes_back_is_said(tmp_path):
+    hook = dict(type="castling_det.MaskAnnealingHook")
+    for attempt in (dict(stop_after=13), dict(resume=True, max_iters=4 * ITERATIONS, stop_after=14)):
+        run(tmp_path, model=TinyModel(threshold_unit="uniform"), hook=hook, **attempt)
+    log = "".join(path.read_text() for path in tmp_path.rglob("*.log"))
+    assert "saved at threshold 0.26 (uniform, 56% of the way to 1) of max_iters=20" in log
+
+
 @pytest.mark.parametrize(
     ("options", "unit", "attention", "message"),
     [
@@ -139,7 +183,7 @@ def test_uniform_unit(tmp_path):
         (dict(empty_from=1.0), "absolute", "castling", r"empty_from=1.0: the mask would not be empty before training"),
         (dict(begin=0.9), "absolute", "castling", r"begin=0.9: expected 0 <= begin < empty_from"),
         (dict(end=0.5), "absolute", "castling", r"end=0.5: the schedule cannot empty the mask"),
-        (dict(), "uniform", "castling", r"end=None: with threshold_unit='uniform'"),
+        (dict(schedule="linear"), "uniform", "castling", r"end=None: with threshold_unit='uniform'"),
         (dict(start=0.0), "absolute", "castling", r"start=0.0: expected a positive threshold"),
         (dict(interval=0), "absolute", "castling", r"interval=0"),
         (dict(share=1.0), "absolute", "castling", r"share=1.0, fade=False: expected a share in \(0, 1\)"),

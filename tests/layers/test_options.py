@@ -19,6 +19,15 @@ def test_uniform_unit_means_the_same_at_every_resolution():
     assert MaskState(0.02).absolute(100) == MaskState(0.02).absolute(1600) == 0.02
 
 
+@pytest.mark.parametrize("tokens", [49, 1600])
+def test_a_ramp_is_even_in_the_logarithm_of_the_probability(tokens):
+    ways = [MaskState(2.0, "uniform", ramp=ramp).absolute(tokens) for ramp in (0, 0.25, 0.5, 1)]
+    assert ways == pytest.approx([2 / tokens, (2 / tokens) ** 0.75, math.sqrt(2 / tokens), 1.0])
+    assert MaskState(0.04, ramp=0.5).absolute(tokens) == pytest.approx(0.2)
+    assert MaskState(2.0, "uniform", ramp=1.0).is_empty(tokens)
+    assert not MaskState(2.0, "uniform", ramp=0.99).is_empty(tokens)
+
+
 @pytest.mark.parametrize("state", [MaskState(1.0), MaskState(math.inf, "uniform"), MaskState(0.0, aux_scale=0.0)])
 def test_an_empty_mask_is_empty_at_every_size(state):
     assert all(state.is_empty(tokens) for tokens in (1, 49, 1600))
@@ -27,6 +36,9 @@ def test_an_empty_mask_is_empty_at_every_size(state):
 def test_meta_holds_the_state_among_other_records():
     state = MaskState(0.3, "uniform", 0.5)
     record = json.loads(json.dumps({"schedule": "cosine", **dataclasses.asdict(state)}))
+    assert MaskState.from_meta(record) == state
+    assert MaskState.from_meta({**record, "ramp": 0.3}) == dataclasses.replace(state, ramp=0.3)
+    del record["ramp"]  # as in checkpoints of before
     assert MaskState.from_meta(record) == state
     with pytest.raises(dataclasses.FrozenInstanceError):
         state.threshold = 0.4
@@ -42,6 +54,8 @@ def test_meta_holds_the_state_among_other_records():
         (dict(aux_scale=-2), "aux_scale=-2: expected a finite factor >= 0"),
         (dict(aux_scale=math.inf), "aux_scale=inf"),
         (dict(aux_scale=None), "aux_scale=None"),
+        (dict(ramp=1.5), r"ramp=1.5: expected a number in \[0, 1\]"),
+        (dict(ramp=None), "ramp=None"),
     ],
 )
 def test_a_record_out_of_range_is_named(record, message):
