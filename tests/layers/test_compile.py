@@ -43,12 +43,17 @@ def image(batch, height, width):
     return torch.randn(batch, 24, height, width, generator=torch.Generator().manual_seed(height))
 
 
-@pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[-1]], ids=str)
-def test_compiles_into_one_graph_for_every_size(options):
+# aot_eager traces the backward too, and asks for no C++ compiler.
+BACKENDS = [("aot_eager", OPTIONS[0]), ("aot_eager", OPTIONS[-1])]
+# In training inductor 2.11 takes these, and neither `normalizer="kernel"` nor the positions of a whole ViT.
+BACKENDS += [pytest.param("inductor", OPTIONS[i], marks=pytest.mark.slow) for i in (0, 3, 4)]
+
+
+@pytest.mark.parametrize(("backend", "options"), BACKENDS, ids=str)
+def test_compiles_into_one_graph_for_every_size(backend, options):
     module = OnMap(**options)
     torch._dynamo.reset()
-    # aot_eager traces the backward too, and asks for no C++ compiler.
-    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=backend)
     for size in SIZES:
         results = []
         for function in (module, compiled):
