@@ -138,8 +138,8 @@ def _backward(
     limit = float(threshold)
     if uses_kernels(v) and limit < 1:
         gradients = empty_gradients(inputs)
-        rows = (out, kept_mass, statistics)
-        kernels("masked_softmax").backward(heads_of(gradients), grad_out, grad_mass, q, k, v, rows, limit, scale)
+        written = (out, kept_mass, statistics)
+        kernels("masked_softmax").backward(heads_of(gradients), grad_out, grad_mass, q, k, v, written, limit, scale)
         return gradients
     gradients = [torch.zeros_like(x, dtype=out.dtype) for x in inputs]
     grad_q, grad_k, grad_v = heads_of(gradients)

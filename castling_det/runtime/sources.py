@@ -21,7 +21,7 @@ __all__ = ["Frame", "ImageFiles", "UnreadableImage", "Video", "check_image", "op
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 _OTHER_IMAGES = (".avif", ".gif", ".heic", ".heif", ".jp2", ".jxl")
 _VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg")
-_LOGGING: Any = cv2 if hasattr(cv2, "setLogLevel") else cv2.utils.logging  # OpenCV 5 has it there
+_LOGGING: Any = getattr(cv2.utils, "logging", cv2)  # OpenCV 5 has it in a module of its own
 MAX_PIXELS = 100_000_000
 """Height x width of the largest image that is taken unless told otherwise: 300 MB in memory."""
 
