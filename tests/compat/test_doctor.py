@@ -83,5 +83,5 @@ def test_more_threads_than_cores(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_usage_errors() -> None:
     with pytest.raises(SystemExit) as raised:
-        main([])
+        main(["doctor", "--nonsense"])
     assert raised.value.code == 2

@@ -97,6 +97,7 @@ def test_masked_softmax_is_a_lawful_operator(threshold):
     packed = torch.randn(2, 9, 3, 2, 4, generator=generator, dtype=torch.float64, requires_grad=True)
     q, k, v = (x.transpose(1, 2) for x in packed.unbind(2))
     operator = torch.ops.castling_det.masked_softmax.default
-    torch.library.opcheck(operator, (q, k, v, torch.tensor(threshold, dtype=torch.float64), 0.5))
+    for inputs in ([q, k, v], [packed]):
+        torch.library.opcheck(operator, (inputs, torch.tensor(threshold, dtype=torch.float64), 0.5))
     # Token by token, as the packed projection: merging the heads is a view.
     assert masked_softmax(q, k, v, threshold).out.transpose(1, 2).is_contiguous()
