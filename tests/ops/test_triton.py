@@ -119,8 +119,18 @@ def linear_cases(dtype):
 
 def edge_cases():
     """Tokens of zeros, no tokens, and controls that must differ."""
+    from castling_det.layers import CastlingAttention
     from castling_det.ops import linear_angular_attention, linear_angular_packed, masked_softmax, naive
 
+    # A compiler sees the masked operator as one node and traces the linear formula: both agree with the kernels.
+    layer = CastlingAttention(32, 2, threshold=1.0, threshold_unit="uniform")
+    x, results = torch.randn(2, 30, 32), []
+    for function in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+        out = function(x, (5, 6))
+        results.append([out, *torch.autograd.grad(out.square().sum(), [*layer.parameters()])])
+    assert layer.mask_stats.kept_fraction > 0
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-4)
     assert masked_softmax(torch.zeros(1, 1, 0, 16), *torch.zeros(2, 1, 1, 5, 16), 0.1).out.shape == (1, 1, 0, 16)
     for tokens in (37, 41, 49):
         # Every probability is 1 / N, which is not above 1 / N.
