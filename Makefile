@@ -11,7 +11,7 @@ DATA ?=
 STUDY_DATA := $(or $(DATA),tree-crowns)
 ONE_THREAD := OMP_NUM_THREADS=1
 
-.PHONY: demo study options frontier uptrain exports deployed-latency benchmarks test test-slow test-stack stability lint docs setup data lock licences audit sbom dist check-dist hooks fuzz crash-test clean
+.PHONY: demo study options frontier uptrain exports deployed-latency benchmarks gpu-check test test-slow test-stack stability lint docs setup data lock licences audit sbom dist check-dist hooks fuzz crash-test clean
 
 demo: $(READY)
 	$(BIN)/python tools/demo.py --data $(or $(DATA),scores)
@@ -68,6 +68,11 @@ benchmarks: $(READY)
 	$(BENCHMARK) --levels backbone --image-sizes 512 1024 --variants softmax linear published --passes forward \
 	  --out results/attention/backbone
 	$(BIN)/python -m tools.benchmarks.numerics --out results/attention/numerics.json
+	$(BIN)/python tools/dev/tables.py
+
+# On a machine with a GPU: parity, times and memory, results/gpu/NAME.json. `make gpu-check ARGS=--dry-run` needs none.
+gpu-check: $(READY)
+	$(BIN)/python -m tools.benchmarks.gpu --name $(or $(NAME),gpu) $(ARGS)
 	$(BIN)/python tools/dev/tables.py
 
 # Two workers of one thread each: faster than one of two, and a busy machine slows it less.

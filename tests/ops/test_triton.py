@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
+GPUTarget = pytest.importorskip("triton.backends.compiler").GPUTarget
 
 # RMS of the difference over that of the twin; what is rounded to 16 bits before a product has their precision. The
 # interpreter truncates to bfloat16, which doubles its error.
@@ -117,8 +119,18 @@ def linear_cases(dtype):
 
 def edge_cases():
     """Tokens of zeros, no tokens, and controls that must differ."""
+    from castling_det.layers import CastlingAttention
     from castling_det.ops import linear_angular_attention, linear_angular_packed, masked_softmax, naive
 
+    # A compiler sees the masked operator as one node and traces the linear formula: both agree with the kernels.
+    layer = CastlingAttention(32, 2, threshold=1.0, threshold_unit="uniform")
+    x, results = torch.randn(2, 30, 32), []
+    for function in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+        out = function(x, (5, 6))
+        results.append([out, *torch.autograd.grad(out.square().sum(), [*layer.parameters()])])
+    assert layer.mask_stats.kept_fraction > 0
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-4)
     assert masked_softmax(torch.zeros(1, 1, 0, 16), *torch.zeros(2, 1, 1, 5, 16), 0.1).out.shape == (1, 1, 0, 16)
     for tokens in (37, 41, 49):
         # Every probability is 1 / N, which is not above 1 / N.
@@ -176,6 +188,89 @@ def test_the_interpreter_agrees_with_the_twin(measured):
         # In 16 bits a probability within a rounding of the threshold may fall on its other side.
         assert abs(difference) <= (0 if dtype == "float32" else 2), (dtype, case, difference)
     assert min(controls[2]) > 1e-3
+
+POINTERS = {"float32": "*fp32", "bfloat16": "*bf16"}
+SUMS = {"mass", "sums", "grad_mass", "tops", "inverses", "kv", "partial", "grad_kv"}
+STRIDES = ("_b", "_h", "_m", "_n")
+SMALL, LARGE = 64 * 1024, 160 * 1024
+"""Bytes of shared memory: of any GPU, and of those that `fits` asks for."""
+COMPILED = [
+    *(("masked_softmax", dtype, width, SMALL) for dtype in POINTERS for width in (32, 128)),
+    *(("linear_angular", "bfloat16", width, SMALL) for width in (32, 64)),
+    ("linear_angular", "bfloat16", 128, LARGE),
+    ("linear_angular", "float32", 64, LARGE),
+]
+
+
+def compiled(name, kernel, dtype, width, target):
+    """A kernel as a launch on dense, aligned tensors compiles it."""
+    from triton.compiler import ASTSource
+
+    from castling_det.ops.numerics import kernels
+
+    module, torch_dtype = kernels(name), getattr(torch, dtype)
+    function = getattr(module, kernel)
+    if name == "masked_softmax":
+        rows, columns, warps = module.tile(torch_dtype, width, gradient=kernel != "_forward_kernel")
+        options = {"BM": rows, "BN": columns, "num_warps": warps}
+    else:
+        options = module.tile(torch_dtype, width) | {"PRECISION": module.precision(torch_dtype)}
+    options |= {"K": width, "V": width, "BK": width, "BV": width, "AUX": True, "COPY": True, "ADD": True}
+    names = function.arg_names
+    constants = {key: options[key] for key in names if key in options}
+    numbers = dict.fromkeys(("scale", "threshold", "factor", "share"), "fp32") | {"kept": "*i32"}
+    integers = {"heads", "queries", "tokens", "chunk"} | {key for key in names if key[-2:] in STRIDES}
+    kinds = numbers | dict.fromkeys(SUMS, "*fp32") | dict.fromkeys(integers, "i32")
+    kinds |= dict.fromkeys(constants, "constexpr")
+    signature = {key: kinds.get(key, POINTERS[dtype]) for key in names}
+    aligned = [key for key in names if signature[key][0] == "*" or key[-2:] in STRIDES]
+    source = ASTSource(
+        function,
+        signature,
+        constexprs={(names.index(key),): value for key, value in constants.items()},
+        attrs={(names.index(key),): [["tt.divisibility", 16]] for key in aligned},
+    )
+    return triton.compile(source, target=target, options={k: options[k] for k in options if k.startswith("num_")})
+
+
+def kernels_of(name):
+    from castling_det.ops.numerics import kernels
+
+    return [kernel for kernel in vars(kernels(name)) if kernel.endswith("_kernel")]
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(("name", "dtype", "width", "memory"), COMPILED)
+def test_compiles_for_gpus_within_their_registers_and_memory(name, dtype, width, memory, capability, tmp_path):
+    assembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    architecture = f"sm_{capability}" + "a" * (capability == 90)
+    assert len(kernels_of(name)) == (3 if name == "masked_softmax" else 4)
+    for kernel in kernels_of(name):
+        result = compiled(name, kernel, dtype, width, GPUTarget("cuda", capability, 32))
+        (tmp_path / "kernel.ptx").write_text(result.asm["ptx"])
+        command = [str(assembler), "-v", f"--gpu-name={architecture}", "kernel.ptx", "-o", "kernel.cubin"]
+        said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stderr
+        (spilled,) = re.findall(r"(\d+) bytes spill stores", said)
+        assert result.metadata.shared <= memory, (kernel, result.metadata.shared)
+        assert int(spilled) <= (0 if dtype == "bfloat16" else 64), (kernel, said)
+
+
+@pytest.mark.parametrize("name", ["masked_softmax", "linear_angular"])
+def test_compiles_for_rocm(name):
+    for kernel in kernels_of(name):
+        result = compiled(name, kernel, "bfloat16", 64, GPUTarget("hip", "gfx942", 64))
+        assert result.metadata.shared <= SMALL and result.asm["amdgcn"]
+
+
+def test_plain_operations_can_be_asked_for(monkeypatch):
+    from castling_det.ops.numerics import uses_kernels
+
+    x = torch.zeros(1)
+    assert not uses_kernels(x)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert uses_kernels(x) and not uses_kernels(x.double())
+    monkeypatch.setenv("CASTLING_DET_PLAIN", "1")
+    assert not uses_kernels(x)
 
 
 if __name__ == "__main__":

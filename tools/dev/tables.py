@@ -31,6 +31,7 @@ from tools.benchmarks.frontier_record import (  # noqa: E402
     read_record,
     sheets_markdown,
 )
+from tools.benchmarks.gpu import gpu_markdown, read_gpu  # noqa: E402
 from tools.benchmarks.numerics import numerics_markdown, read_numerics  # noqa: E402
 from tools.dev.model_zoo import read_zoo, zoo_markdown  # noqa: E402
 from tools.dev.test_stack import STACKS  # noqa: E402
@@ -81,6 +82,12 @@ def loss_table(report: Report) -> str:
     return "\n".join(markdown_table(("run", "seeds", "loss", f"loss - {report.baseline}"), body)) + "\n"
 
 
+def gpu() -> str:
+    """What `make gpu-check` measured on each GPU."""
+    records = [gpu_markdown(read_gpu(path)) for path in sorted(RESULTS.glob("gpu/*.json"))]
+    return "\n".join(records) or "Not measured: no GPU was at hand."
+
+
 def table(name: str) -> str:
     """The table of a name: a report's runs or losses, or one of `TABLES`; KeyError for any other."""
     folder = {"uptraining": "tree_crowns_uptraining"}.get(name, name).removesuffix("_losses")
@@ -104,6 +111,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "frontier_crowns_detectors": lambda: detectors_markdown(read_record(FRONTIER_CROWNS)),
     "frontier_crowns_gains": lambda: gains_markdown(read_record(FRONTIER_CROWNS)),
     "frontier_sheets": lambda: sheets_markdown(read_record(FRONTIER)),
+    "gpu": gpu,
     "model_zoo": lambda: zoo_markdown(read_zoo(RESULTS / "model_zoo.json")),
     "stability": stability,
     "stacks": stacks,
