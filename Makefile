@@ -55,7 +55,7 @@ deployed-latency: $(READY)
 	done
 
 # The records of docs/attention.md: about half an hour on two idle cores, and nothing else may run beside it.
-BENCHMARK := $(BIN)/python -m tools.benchmarks.attention --threads 2
+BENCHMARK := $(BIN)/python tools/benchmark.py --threads 2
 benchmarks: $(READY)
 	$(BENCHMARK) --levels core --sizes 16 32 64 128 --variants softmax linear published floor --passes forward \
 	  --out results/attention/core
