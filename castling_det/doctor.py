@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import castling_det
@@ -58,8 +59,11 @@ def run_doctor(*, as_json: bool = False) -> int:
 
 
 def examine() -> Iterator[Finding]:
-    """Runs `CHECKS`; one that raises is a problem."""
+    """Runs `CHECKS`; one that raises is a problem. Without torch and MMDetection, those of exported detectors alone."""
+    training = find_spec("torch") is not None or find_spec("mmdet") is not None
     for name, check in CHECKS:
+        if not training and name not in WITHOUT_TRAINING:
+            continue
         try:
             yield Finding(name, "ok", check())
         except Trouble as trouble:
@@ -173,9 +177,27 @@ def _configs() -> str:
     return f"castling_det::{names[0]} and {len(names) - 1} more"
 
 
+def _runtime() -> str:
+    missing = [name for name in ("cv2", "onnxruntime", "msgspec") if find_spec(name) is None]
+    if missing:
+        advice = "pip install 'castling-det[runtime]' where exported detectors run"
+        raise Trouble(f"{', '.join(missing)} not installed", advice, "warning")
+    import cv2
+    import onnxruntime
+
+    from castling_det.runtime.detector import Detector
+
+    count = len(Detector("scores-nano").classes)
+    return f"onnxruntime {onnxruntime.__version__}, OpenCV {cv2.__version__}; scores-nano loads, {count} classes"
+
+
+WITHOUT_TRAINING = ("python", "castling_det", "exported detectors")
+"""Checks that a machine needs which detects and does not train."""
+
 CHECKS: tuple[tuple[str, Callable[[], str]], ...] = (
     ("python", _python),
     ("castling_det", lambda: f"{castling_det.__version__} at {Path(castling_det.__file__).parent}"),
+    ("exported detectors", _runtime),
     ("torch", _torch),
     ("host", _host),
     ("operators", _operators),

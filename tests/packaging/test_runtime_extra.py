@@ -103,6 +103,8 @@ def test_the_detector_of_the_package_finds_notes_in_the_first_minute(clean: Envi
     cv2.imwrite(str(tmp_path / "page.png"), page)
     said = run([clean.python, "-m", "castling_det", "detect", "page.png", "--score-thr", "0.5"], tmp_path)
     assert "detections in 1 images" in said.stdout and said.stderr == ""
+    doctor = run([clean.python, "-m", "castling_det", "doctor"], tmp_path).stdout
+    assert "problem" not in doctor and "scores-nano loads, 12 classes" in doctor and "torch" not in doctor
     entries = json.loads((tmp_path / "detections" / "predictions.json").read_text())
     classes = json.loads((tmp_path / "detections" / "images.json").read_text())["categories"]
     (notehead,) = (row["id"] for row in classes if row["name"] == "noteheadBlack")
