@@ -239,7 +239,7 @@ def test_a_box_of_a_billion_pixels_is_drawn_in_no_time(tmp_path: Path, box: list
     ("name", "content", "message"),
     [
         ("../../secret.png", None, "file_name=.*expected a path inside of --images"),
-        ("/dev/../dev/zero", None, "file_name=.*expected a path inside of --images"),
+        ("/dev/zero", None, "file_name=.*expected a path inside of --images"),
         ("x/../../../secret.png", None, "file_name=.*expected a path inside of --images"),
         ("this.png", None, r"this\.png: no such image; give the folder .*--images"),
         ("this.png", b"not an image", r"this\.png: cannot be decoded"),
