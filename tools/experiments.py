@@ -172,7 +172,7 @@ class Experiment:
             config.merge_from_dict(self._places())
             raise_for_problems(check_dataset(config), source=str(self.config(name)))
             # Formatted once here: trainings that begin together would read the half-written cache of the formatter.
-            assert config.pretty_text
+            _ = config.pretty_text
 
 
 def prepare(root: Path, converter: Sequence[str], annotations: Sequence[Path]) -> None:

@@ -57,8 +57,8 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Returns:
         The top-level dict as it was saved, or the tensors of a safetensors file by name, under `state_dict` beside
-        `meta` where `safetensors_bytes` wrote it. numpy numbers are Python's,
-        numpy arrays are tensors, and mmengine's logged curves (in `message_hub`) are None.
+        `meta` where `safetensors_bytes` wrote it. numpy numbers are Python's, numpy arrays are tensors, and mmengine's
+        logged curves (in `message_hub`) are None.
 
     Raises:
         ValueError: not a whole checkpoint; a pickle that asks for other functions than `torch.save` needs; sizes that

@@ -110,22 +110,19 @@ def check_deployable(
         modes = {"linear"}
     if modes == {attention}:
         return meta, []
-    if attention == "softmax" and modes:
-        raise ValueError(
-            f"checkpoint {source}: was trained with attention={', '.join(sorted(modes))!r}, but the config has "
-            "attention='softmax'; give the config that it was trained with"
-        )
     if modes:
-        raise ValueError(
-            f"checkpoint {source}: was trained with attention={', '.join(sorted(modes))!r} and is not converted; "
-            "run tools/convert.py on it and take the file that it writes"
-        )
-    if attention == "softmax":
-        return meta, []
-    return meta, [
-        "the checkpoint does not say how it was trained: weights of a castling training whose mask is not empty would "
-        "compute something else here; tools/convert.py checks that"
-    ]
+        fix = {
+            "linear": "and is not converted; run tools/convert.py on it and take the file that it writes",
+            "softmax": "but the config has attention='softmax'; give the config that it was trained with",
+        }
+        trained = ", ".join(sorted(modes))
+        raise ValueError(f"checkpoint {source}: was trained with attention={trained!r} {fix[attention]}")
+    note = {
+        "linear": "weights of a castling training whose mask is not empty would compute something else here; "
+        "tools/convert.py checks that",
+        "softmax": "weights of another attention would compute something else here",
+    }
+    return meta, [f"the checkpoint does not say how it was trained: {note[attention]}"]
 
 
 def load_weights(

@@ -19,8 +19,8 @@ from castling_det.files import write_json, write_text
 __all__ = ["Split", "Statistics", "divide", "find_splits", "main", "write_configs"]
 
 BASE = "castling_det::_base_/own_data.py"
-BATCH, STRIDE = 4, 8
-"""Images of an iteration, and pixels of a token, in the base."""
+BATCH = 4
+"""Images of an iteration, in the base."""
 HELD_OUT = 10
 """Without validation files every tenth image is held out, and one of fewer."""
 WORDS = {"train": ("train", "train2017"), "val": ("val", "valid", "val2017")}

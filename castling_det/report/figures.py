@@ -39,7 +39,7 @@ _SIDE = 512  # pixels of a picture's longer side, at least: lines stay thin besi
 _MARGIN = 8  # pixels outside of a picture in which boxes are drawn: their lines do not show
 
 # Okabe and Ito's palette, safe for the colour-blind, in an order in which neighbours differ in lightness too.
-_COLORS = ("#0072b2", "#d55e00", "#009e73", "#aa4a86", "#7a6a00", "#4d4d4d")
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#aa4a86", "#7a6a00", "#4d4d4d")
 _MARKERS = ("o", "s", "D", "^", "v", "P")
 _STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
@@ -94,7 +94,7 @@ def _lines(axes: Any, curves: Iterable[Series | Sequence[float]], label: str, **
 
 def run_color(name: str, names: Sequence[str]) -> str:
     """The colour of a run, in every plot and table; runs past the sixth begin again."""
-    return _COLORS[list(names).index(name) % len(_COLORS)]
+    return COLORS[list(names).index(name) % len(COLORS)]
 
 
 def label_of(text: str) -> str:

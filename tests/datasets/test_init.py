@@ -117,6 +117,13 @@ def test_files_that_are_named(tmp_path, capsys):
     assert "100.png" in capsys.readouterr().err and not (tmp_path / "data" / "annotations").exists()
 
 
+def test_images_are_looked_at_before_anything_is_written(tmp_path, capsys):
+    write_data(tmp_path / "data")
+    Image.new("RGB", (64, 64)).save(tmp_path / "data" / "images" / "100.png")
+    assert main([str(tmp_path / "data"), "--out", str(tmp_path / "mine")]) == 1
+    assert "another size" in capsys.readouterr().err and not (tmp_path / "mine" / "softmax.py").exists()
+
+
 def test_no_data_set_says_what_was_looked_for(tmp_path):
     expected = r"no data set was found; looked for annotations/train\.json, .*labels/train, .*Annotations;"
     with pytest.raises(ValueError, match=expected):

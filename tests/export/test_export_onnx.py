@@ -263,6 +263,15 @@ def test_the_tool_refuses_in_one_line(traced, deployable, tmp_path, capsys, chan
     assert not (tmp_path / "out.onnx").exists() and not list(tmp_path.glob(".*part*"))
 
 
+def test_every_linear_export_asks_for_softmax_in_its_graph(exported, monkeypatch):
+    def refuse(program):
+        raise ValueError("asked")
+
+    monkeypatch.setattr(exporting.checks, "check_linear_only", refuse)
+    with pytest.raises(ValueError, match="asked"):
+        exported()
+
+
 def test_a_softmax_detector_is_exported_as_a_baseline(deployable, tmp_path, monkeypatch):
     monkeypatch.setattr(exporting, "trace", trace)  # not the program that the other tests share
     monkeypatch.setattr(exporting, "onnx_model", onnx_model)
@@ -276,7 +285,7 @@ def test_a_softmax_detector_is_exported_as_a_baseline(deployable, tmp_path, monk
 
 def test_what_was_trained_otherwise_is_refused(deployable, tmp_path):
     config, checkpoint = deployable("gfl_vit")
-    with pytest.raises(ValueError, match=r"trained with attention='linear', but the config has attention='softmax'"):
+    with pytest.raises(ValueError, match=r"trained with attention='linear' but the config has attention='softmax'"):
         export_onnx(with_attention(config, "softmax"), checkpoint, tmp_path / "out.onnx")
     hybrid = with_attention(config, "castling")
     _, checkpoint = deployable("gfl_vit", cfg=hybrid.pretty_text)

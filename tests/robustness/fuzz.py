@@ -56,7 +56,7 @@ from tests.robustness.mutations import (
     mutated_safetensors,
 )
 from tests.robustness.records import Target, Trials, trials_markdown, write_trials
-from tests.runtime.conftest import METADATA, photo, spot_model
+from tests.runtime.conftest import FORMATS, METADATA, photo, spot_model
 
 SECONDS_A_CASE = 10
 MEGABYTES_A_CASE = 300
@@ -204,7 +204,7 @@ def _build(tree: Path, entries: list[tuple[str, str]]) -> None:
             case "device" | "gone":
                 path.symlink_to({"device": "/dev/zero", "gone": "/gone.png"}[kind])
             case _:
-                content = _encoded()["PNG"]
+                content = _encoded()["png"]
                 path.write_bytes({"image": content, "cut": content[:99], "empty": b""}[kind])
 
 
@@ -212,17 +212,11 @@ def _build(tree: Path, entries: list[tuple[str, str]]) -> None:
 def _encoded() -> dict[str, bytes]:
     """A small image in the formats that detection reads."""
     moving = {"save_all": True, "append_images": [Image.fromarray(photo(seed=1))]}
-    options: dict[str, dict[str, Any]] = {
-        "PNG": {}, "APNG": {"format": "PNG", **moving}, "moving": {"format": "WEBP", **moving},
-        "JPEG": {}, "progressive": {"format": "JPEG", "progressive": True}, "BMP": {}, "TIFF": {},
-        "packed": {"format": "TIFF", "compression": "tiff_lzw"}, "BigTIFF": {"format": "TIFF", "big_tiff": True},
-        "WEBP": {}, "lossless": {"format": "WEBP", "lossless": True},
-        "extended": {"format": "WEBP", "exif": b"Exif\0\0II*\0" + bytes(20)},
-    }  # fmt: skip
+    moving_too = {"moving PNG": {"format": "PNG", **moving}, "moving WebP": {"format": "WEBP", **moving}}
     found = {}
-    for name, chosen in options.items():
+    for name, options in {**FORMATS, **moving_too}.items():
         buffer = io.BytesIO()
-        Image.fromarray(photo()).save(buffer, **{"format": name, **chosen})
+        Image.fromarray(photo()).save(buffer, **options)
         found[name] = buffer.getvalue()
     return found
 
@@ -236,20 +230,15 @@ def readers() -> dict[str, Reader]:
     annotations["annotations"][0]["segmentation"] = [[4, 5, 24, 5, 24, 35]]
     results = [{**box, "score": 0.5} for box in sound(images=2, boxes=2)["annotations"]]
     metadata = {f"{PREFIX}{name}": json.dumps(value) for name, value in METADATA.items()}
+    changes = (mutated_bytes, mutated_json, mutated_json)
     zipped = (saved(content), saved({"w": torch.randn(8)}))
     return {
         "checkpoint": Reader(".pth", zipped, (mutated_bytes, mutated_pickle, mutated_pickle), _read_checkpoint),
         "checkpoint, old format": Reader(".pth", (saved(content, zipped=False),), (mutated_bytes,), _read_checkpoint),
         "safetensors": Reader(".safetensors", (save(tensors),), (mutated_bytes, mutated_safetensors), _read_checkpoint),
-        "annotations": Reader(
-            ".json", (json.dumps(annotations).encode(),), (mutated_bytes, mutated_json, mutated_json), _read_annotations
-        ),
-        "annotations of a report": Reader(
-            ".json", (json.dumps(annotations).encode(),), (mutated_bytes, mutated_json, mutated_json), _read_truth
-        ),
-        "results": Reader(
-            ".json", (json.dumps(results).encode(),), (mutated_bytes, mutated_json, mutated_json), _read_results
-        ),
+        "annotations": Reader(".json", (json.dumps(annotations).encode(),), changes, _read_annotations),
+        "annotations of a report": Reader(".json", (json.dumps(annotations).encode(),), changes, _read_truth),
+        "results": Reader(".json", (json.dumps(results).encode(),), changes, _read_results),
         "ONNX metadata": Reader(".json", (json.dumps(metadata).encode(),), (mutated_entries,), _read_metadata),
         "image": Reader(".png", tuple(_encoded().values()), (mutated_bytes, mutated_header), _read_image),
         "folder": Reader(".json", (b"[]",), (any_folder,), _read_folder),

@@ -43,6 +43,19 @@ METADATA = {
     "created": "2025-01-01T00:00:00+00:00",
 }
 
+FORMATS = {
+    "png": dict(format="PNG"),
+    "jpeg": dict(format="JPEG", exif=b"Exif\0\0" + b"\xff" * 99),
+    "progressive": dict(format="JPEG", progressive=True),
+    "bmp": dict(format="BMP"),
+    "tiff": dict(format="TIFF", compression="tiff_lzw"),
+    "bigtiff": dict(format="TIFF", big_tiff=True),
+    "webp": dict(format="WEBP"),
+    "lossless webp": dict(format="WEBP", lossless=True),
+    "extended webp": dict(format="WEBP", exif=b"Exif\0\0II*\0" + bytes(20)),
+}
+"""What detection reads, as arguments of PIL's `save`."""
+
 needs_data = pytest.mark.skipif(not FULL.is_file(), reason="run make data")
 
 

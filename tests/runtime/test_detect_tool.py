@@ -18,6 +18,7 @@ from pycocotools.coco import COCO
 from castling_det.files import sha256_of
 from castling_det.runtime.detections import Detections
 from castling_det.runtime.detector import Detector
+from castling_det.runtime.draw import draw_detections
 from castling_det.runtime.run import detect_source
 from castling_det.runtime.sources import ImageFiles, UnreadableImage, open_source
 from tests.runtime.conftest import REAL, ROOT, needs_data, photo, spot_model
@@ -303,3 +304,16 @@ def test_without_torch_or_mmdetection(model, tmp_path):
     assert files(tmp_path / "out") == ["images.json", f"pictures/{tile.name}", "predictions.json"]
     assert "tile: needs SAHI" in done.stderr and "pip install 'castling-det[sahi]'" in done.stderr
     assert "deploy.pth: a checkpoint needs PyTorch and MMDetection" in done.stderr
+
+
+def test_small_boxes_are_drawn_without_text():
+    """A box of a notehead's size has its outline alone; a large one its name and score too."""
+    page = np.zeros((200, 300, 3), np.uint8)
+    boxes = np.float32([[20, 100, 32, 110], [120, 60, 280, 190]])
+    for index, text in ((0, False), (1, True)):
+        one = Detections(boxes[index : index + 1], np.float32([0.9]), np.int64([0]), ("noteheadBlack",))
+        x1, y1, x2, y2 = boxes[index].astype(int)
+        drawn = draw_detections(page, one)
+        assert drawn[y1 : y2 + 1, x1 : x2 + 1].any()
+        drawn[y1 - 1 : y2 + 2, x1 - 1 : x2 + 2] = 0
+        assert drawn.any() == text

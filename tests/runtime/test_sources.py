@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from castling_det.runtime.sources import UnreadableImage, open_source, read_image
-from tests.runtime.conftest import photo
+from tests.runtime.conftest import FORMATS, photo
 
 
 @pytest.fixture
@@ -86,19 +86,6 @@ def test_files_that_are_missing_or_too_large(tmp_path):
         file.truncate(10**12)
     with pytest.raises(UnreadableImage, match=r"1,000,000,000,000 bytes: more than an image"):
         read_image(tmp_path / "sparse.png")
-
-
-FORMATS = {
-    "png": dict(format="PNG"),
-    "jpeg": dict(format="JPEG", exif=b"Exif\0\0" + b"\xff" * 99),
-    "progressive": dict(format="JPEG", progressive=True),
-    "bmp": dict(format="BMP"),
-    "tiff": dict(format="TIFF", compression="tiff_lzw"),
-    "bigtiff": dict(format="TIFF", big_tiff=True),
-    "webp": dict(format="WEBP"),
-    "lossless webp": dict(format="WEBP", lossless=True),
-    "extended webp": dict(format="WEBP", exif=b"Exif\0\0II*\0" + bytes(20)),
-}
 
 
 @pytest.mark.parametrize("options", FORMATS.values(), ids=FORMATS)

@@ -94,6 +94,7 @@ def test_every_fourth_page(tmp_path: Path) -> None:
 def test_between_two_sizes_map_is_linear_in_the_logarithm_of_the_cost() -> None:
     curve = Curve((10.0, 1000.0), np.array([[0.2, 0.1], [0.6, 0.5]]))
     np.testing.assert_allclose(curve.at(100.0), [0.4, 0.3])
+    np.testing.assert_allclose(curve.at(10**1.5), [0.3, 0.2])
     np.testing.assert_allclose(curve.at(10.0), [0.2, 0.1])
     np.testing.assert_allclose(curve.at(5000.0), [0.6, 0.5])
     assert np.isnan(curve.at(9.0)).all()
@@ -149,3 +150,5 @@ def test_duplicates_are_boxes_within_better_ones_of_their_class() -> None:
     alone = [box(0, 0.9), box(6, 0.8), box(0, 0.7, category=2), box(0, 0.6, image=2)]
     assert duplicates(alone) == 0
     assert duplicates([*alone, box(1, 0.5)]) == 1
+    inside = {**box(2, 0.4), "bbox": [2.0, 2.0, 3.0, 3.0]}  # whole in the first, of which it is a tenth
+    assert duplicates([*alone, inside]) == 1

@@ -265,14 +265,6 @@ METHOD = (
 )
 
 
-def machine_line(machine: Machine) -> str:
-    """Where and with what it was measured, as one sentence."""
-    return (
-        f"Machine: {machine.cpu}, {machine.threads} threads, device {machine.device}, torch {machine.torch}, "
-        f"Python {machine.python}, commit {machine.commit or 'none, not a checkout'}."
-    )
-
-
 def _number(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
@@ -300,7 +292,7 @@ def benchmark_markdown(found: Benchmark) -> str:
     """Machine, method, a table for each group, and what was not measured."""
     model = f" {found.embed_dims} channels, {found.num_heads} heads, backbone of {found.depth} blocks"
     model += f"; detector {found.detector}." if found.detector else "."
-    lines = ["# Latency and memory", "", machine_line(found.machine), "", METHOD + model]
+    lines = ["# Latency and memory", "", f"Machine: {found.machine}.", "", METHOD + model]
     for (level, passes, dtype, batch), rows in found.groups().items():
         lines += ["", f"## {level}, {passes}, {dtype}, batch {batch}", "", *ratio_table(rows), ""]
         lines += [f"- {row.variant}, N = {row.tokens}: {row.status}: {row.reason}" for row in rows if row.reason]
@@ -319,7 +311,7 @@ def ratios_markdown(reports: Sequence[Benchmark]) -> str:
             case = f"{level}, {passes}, {dtype}, batch {batch}, {size[1]} x {size[2]}"
             body.append([case, str(size[0]), *(_ratio(softmax, other, _p50) for other in others), *memory])
     head = ["times as fast as softmax", "N", *names, "linear: memory", "castling: memory"]
-    machines = dict.fromkeys(machine_line(report.machine) for report in reports)
+    machines = dict.fromkeys(f"Machine: {report.machine}." for report in reports)
     return "\n".join([*markdown_table(head, body), "", *machines, ""])
 
 

@@ -18,7 +18,6 @@ Floats = NDArray[np.float64]
 Key = tuple[str, int, int]
 """Attention, size of page, seed."""
 LABELS = {"castling": "castling, deployed", "softmax": "softmax", "softmax-window": "windows", "linear": "linear"}
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#aa4a86")
 
 
 @dataclass(frozen=True)
@@ -155,17 +154,15 @@ def gains_of(rows: Sequence[Row], values: Mapping[Key, Floats], compared: Sequen
 
 def duplicates(results: Sequence[Mapping[str, Any]]) -> int:
     """Boxes that overlap one of their image and class with a higher score by more than half of the smaller one."""
+    from supervision import OverlapMetric, box_iou_batch, xywh_to_xyxy
+
     groups: dict[tuple[int, int], list[Any]] = defaultdict(list)
     for row in sorted(results, key=lambda row: -float(row["score"])):
         groups[row["image_id"], row["category_id"]].append(row["bbox"])
     count = 0
     for boxes in groups.values():
-        left, top, width, height = np.array(boxes, dtype=float).T
-        spans = [
-            (np.minimum.outer(low + length, low + length) - np.maximum.outer(low, low)).clip(0)
-            for low, length in ((left, width), (top, height))
-        ]
-        share = spans[0] * spans[1] / np.minimum.outer(width * height, width * height).clip(1e-9)
+        corners = xywh_to_xyxy(np.array(boxes, dtype=float))
+        share = box_iou_batch(corners, corners, OverlapMetric.IOS)
         count += int((np.tril(share, -1) > 0.5).any(axis=1).sum())
     return count
 
@@ -175,11 +172,13 @@ def figure(record: Record, out: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter
 
+    from castling_det.report.figures import COLORS
+
     drawing = Figure(figsize=(9, 3.8), layout="constrained")
     panels = (("p50_ms", "latency of an image, ms, two CPU threads"), ("gmacs", "multiply-adds of an image, 10⁹"))
     for place, (cost, label) in enumerate(panels, start=1):
         axes = drawing.add_subplot(1, 2, place)
-        for color, (attention, name) in zip(COLORS, LABELS.items(), strict=True):
+        for color, (attention, name) in zip(COLORS, LABELS.items(), strict=False):
             mine = [row for row in record.rows if row.attention == attention]
             if not mine:
                 continue
